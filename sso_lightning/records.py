@@ -628,7 +628,7 @@ class _Manifest:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON gives back for `values`, so that a set compares equal before and after a restart."""
+    """What JSON gives back for `values`, so that a restart finds them equal."""
     return dict(json.loads(json.dumps(values)))
 
 
@@ -706,17 +706,17 @@ class PairStore:
 
     def __init__(self, folder: str | Path, identity: dict[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        wanted = None if identity is None else _plain(identity)
         if (self.folder / _MANIFEST).exists():
             self._manifest = _read_manifest(self.folder)
         else:
             strays = sorted(self.folder.glob("*.parquet"))
             if strays:
                 raise InputError(f"{strays[0]}: a shard without {_MANIFEST}; move it elsewhere")
-            self._manifest = _Manifest(wanted or {})
+            self._manifest = _Manifest(_plain(identity or {}))
             self._save()
         found = self._manifest.identity
-        for key in () if wanted is None else {**found, **wanted}:
+        wanted = found if identity is None else _plain(identity)
+        for key in {**found, **wanted}:
             if found.get(key) != wanted.get(key):
                 raise InputError(
                     f"{self.folder}: begun with {key} = {found.get(key)!r}, now {key} is "
@@ -733,7 +733,7 @@ class PairStore:
             if path.exists():
                 path.replace(path.with_name(f"{path.name}.bad"))
             warnings.warn(
-                f"{path}: missing or damaged, to be written again; what is left of it is kept as .bad",
+                f"{path}: missing or damaged, to be written again; what is left is kept as .bad",
                 stacklevel=3,
             )
             del self._manifest.shards[index]
