@@ -1,14 +1,49 @@
-"""Summed log-probabilities of responses, several of which may share one prompt."""
+"""Summed log-probabilities of responses that share prompts, at the price of one pass per prompt.
+
+An SSO example scores six sequences made of three prompts with two responses each. Three things
+keep that cheap, and none of them changes the result:
+
+1. *Trees.* A prompt is computed once; its responses follow it in one flat row `[P, R1, R2]`, each
+   with positions that go on from the prompt. `P, R1` is one causal attention call, and `R2` is a
+   second one over the keys and values of `[P; R2]`. Trees are packed without any padding.
+2. *Only what is scored.* The last layer's MLP, the final norm and the head run on the positions
+   that predict a response token and on no other.
+3. *A head in tiles.* `_HeadLogps` walks the logits in tiles of a few megabytes, as flash attention
+   walks its scores, and never holds `[tokens, vocabulary]` of anything.
+
+The tree pass plugs into transformers through its registries of attention and mask functions; the
+model's own decoder code runs. Architectures that are not proven equal by a test are scored as
+plain padded rows instead, and a warning says so once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sso_lightning.errors import InputError
+
+PROVEN = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3"}
+)
+"""`config.model_type` of the architectures whose tree pass a test compares with plain forwards."""
+
+_IMPLEMENTATION = "sso_trees"
+# On a CPU small passes and tiles stay in the cache; a GPU wants few large launches.
+_CPU_PASS_TOKENS = 1024
+_TILE_BYTES = {"cpu": 2 << 20}
+_GPU_TILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -19,74 +54,668 @@ class Tree:
     responses: list[list[int]]
 
 
+@overload
 def response_logps(
     model: nn.Module,
     trees: Sequence[Tree],
     *,
     max_tokens: int | None = None,
     chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def response_logps(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    *,
+    max_tokens: int | None = None,
+    chunk_bytes: int | None = None,
+    entropy: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def response_logps(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    *,
+    max_tokens: int | None = None,
+    chunk_bytes: int | None = None,
+    entropy: bool = False,
+) -> tuple[Tensor, ...]:
     """Score every response given its prompt.
 
+    The true mean log-probability of a response is `logps / lengths`. The model's train or eval mode
+    decides about dropout and gradient checkpointing as always, and is left as it is.
+
     Args:
-        model: Any transformers causal language model, wrapped by PEFT or not. Train or eval mode
-            is left as it is.
+        model: A transformers causal language model, wrapped by PEFT or not.
         trees: Prompts with their responses.
-        max_tokens: Most tokens (padding included) of one forward call; no limit by default. A
-            longer single row gets a call of its own.
-        chunk_bytes: Size of the largest block of logits that is held at once.
+        max_tokens: Most tokens that one forward pass of the decoder takes; a larger tree gets a
+            pass of its own. By default what is fastest: about a thousand on a CPU, everything in
+            one pass on a GPU. It does not change how much a backward pass has to hold.
+        chunk_bytes: Size of the block of logits that is held at a time (float32). By default 2 MiB
+            on a CPU and 64 MiB elsewhere.
+        entropy: Return the summed entropies of the next-token distributions as well.
 
     Returns:
         `(logps, lengths)` over all responses of all trees, in order: summed log-probabilities in
-        nats (float64 where the device has it, differentiable) and numbers of tokens (int64).
+        nats (float64 where the device has it, differentiable) and numbers of tokens (int64). With
+        `entropy`, a third tensor: entropies in nats summed over each response, without gradient.
 
     Raises:
-        InputError: A prompt is empty, so its response's first token has nothing to follow.
+        InputError: A prompt is empty, so that nothing predicts the first token of its responses.
     """
-    rows = [(tree.prompt, response) for tree in trees for response in tree.responses]
-    if any(not prompt for prompt, _ in rows):
-        raise InputError("scoring: a prompt has no tokens; give each prompt at least one")
+    for index, tree in enumerate(trees):
+        if not tree.prompt:
+            raise InputError(f"scoring: the prompt of tree {index} has no tokens; give it one")
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(r) for _, r in rows], dtype=torch.int64, device=device)
-    logps: list[Tensor] = [torch.zeros((), device=device)] * len(rows)
-    for batch in _batches([len(p) + len(r) for p, r in rows], max_tokens):
-        for index, logp in zip(batch, _plain_rows(model, [rows[i] for i in batch]), strict=True):
-            logps[index] = logp
-    return torch.stack(logps) if logps else torch.zeros(0, device=device), lengths
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    responses = [response for tree in trees for response in tree.responses]
+    lengths = torch.tensor([len(r) for r in responses], dtype=torch.int64, device=device)
+    causal_lm: Any = cast(Any, model).get_base_model() if _is_peft(model) else model
+    reason = _why_not_trees(model, causal_lm)
+    if reason:
+        _say_once(reason)
+        tokens, entropies, owners = _score_rows(model, trees, max_tokens)
+    else:
+        tile_bytes = chunk_bytes or _TILE_BYTES.get(device.type, _GPU_TILE_BYTES)
+        tokens, entropies, owners = _score_trees(causal_lm, trees, max_tokens, tile_bytes, entropy)
+
+    def per_response(values: Tensor) -> Tensor:
+        zeros = torch.zeros(len(responses), dtype=wide, device=device)
+        return zeros.index_add(0, owners, values.to(wide))
+
+    if entropy:
+        return per_response(tokens), lengths, per_response(entropies)
+    return per_response(tokens), lengths
 
 
-def _batches(lengths: Sequence[int], max_tokens: int | None) -> Iterator[list[int]]:
-    """Indices grouped by length so that each padded group holds at most `max_tokens`."""
+def _is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "get_base_model")
+
+
+def _why_not_trees(model: nn.Module, causal_lm: Any) -> str | None:
+    """Name the reason why a model must be scored as plain rows, if there is one."""
+    config = getattr(causal_lm, "config", None)
+    kind = getattr(config, "model_type", type(causal_lm).__name__)
+    if kind not in PROVEN:
+        return f"the architecture {kind!r} is not proven for shared prompts"
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(causal_lm, FSDPModule):
+            return "a sharded model gathers its weights in whole forward calls only"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "soft prompts come before every row"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention is bidirectional"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {
+        r.get("rope_type") for r in rope.values() if isinstance(r, dict)
+    }
+    if kinds & {"dynamic", "longrope"}:
+        return "its rotary embedding depends on the longest row of a pass"
+    return None
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("scoring plain padded rows, which is slower: %s", reason)
+
+
+# ---------------------------------------------------------------------------------------------
+# Trees in a flat row
+# ---------------------------------------------------------------------------------------------
+
+
+class _Segment(NamedTuple):
+    """Neighbouring tokens of a row that attend in one call.
+
+    They see themselves, causally, and all of a prompt elsewhere in the row (length 0: none).
+    """
+
+    start: int
+    length: int
+    prompt_start: int
+    prompt_length: int
+
+
+class _Row:
+    """Trees laid out one after another: `[P, R1, R2, ...]` each, without padding.
+
+    A response's last token predicts nothing that is scored, so it is left out.
+    """
+
+    def __init__(self, trees: Sequence[tuple[Tree, int]], device: torch.device) -> None:
+        """Lay out trees, each with the index of its first response among all responses."""
+        ids: list[int] = []
+        positions: list[int] = []
+        scored: list[int] = []
+        targets: list[int] = []
+        owners: list[int] = []
+        self.segments: list[_Segment] = []
+        for tree, first in trees:
+            start, width = len(ids), len(tree.prompt)
+            ids += tree.prompt
+            positions += range(width)
+            pending = width  # the prompt joins the first response's segment
+            for offset, response in enumerate(tree.responses):
+                if not response:
+                    continue
+                begin = len(ids)
+                ids += response[:-1]
+                positions += range(width, width + len(response) - 1)
+                scored += [start + width - 1, *range(begin, len(ids))]
+                targets += response
+                owners += [first + offset] * len(response)
+                if pending:
+                    self.segments.append(_Segment(start, width + len(response) - 1, 0, 0))
+                elif len(response) > 1:
+                    self.segments.append(_Segment(begin, len(response) - 1, start, width))
+                pending = 0
+        self.device = device
+        self.ids = torch.tensor(ids, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        self.scored = torch.tensor(scored, device=device)
+        self.targets = torch.tensor(targets, device=device)
+        self.owners = torch.tensor(owners, device=device)
+        self._masks: dict[tuple[_Segment, int | None], Tensor | None] = {}
+        self._varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+
+    def mask(self, segment: _Segment, window: int | None) -> Tensor | None:
+        """Which keys [prompt + own] each query may see, or None for plain causal attention."""
+        if (segment, window) not in self._masks:
+            keys = torch.arange(segment.prompt_length + segment.length, device=self.device)
+            queries = keys[segment.prompt_length :, None]
+            seen = keys <= queries
+            narrow = window is not None and len(keys) > window
+            if window is not None and narrow:
+                seen &= keys > queries - window
+            plain = not segment.prompt_length and not narrow
+            self._masks[segment, window] = None if plain else seen
+        return self._masks[segment, window]
+
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """Describe the segments to a variable-length kernel.
+
+        Returns:
+            Row indices of all keys, segment by segment; cumulated numbers of queries and of keys
+            (int32, segments + 1); most queries and most keys of a segment.
+        """
+        if self._varlen is None:
+            keys = [
+                i
+                for s in self.segments
+                for part in (
+                    range(s.prompt_start, s.prompt_start + s.prompt_length),
+                    range(s.start, s.start + s.length),
+                )
+                for i in part
+            ]
+            sizes = torch.tensor(
+                [[0, 0]] + [[s.length, s.prompt_length + s.length] for s in self.segments]
+            )
+            ends = sizes.cumsum(0).to(torch.int32).to(self.device)
+            most = sizes.amax(0).tolist()
+            index = torch.tensor(keys, device=self.device)
+            self._varlen = (index, ends[:, 0].contiguous(), ends[:, 1].contiguous(), *most)
+        return self._varlen
+
+
+def _score_trees(
+    causal_lm: Any,
+    trees: Sequence[Tree],
+    max_tokens: int | None,
+    tile_bytes: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy (0 unless asked for) and response index of every scored token."""
+    device = next(causal_lm.parameters()).device
+    if max_tokens is None and device.type == "cpu":
+        max_tokens = _CPU_PASS_TOKENS
+    rows = [_Row(group, device) for group in _passes(trees, max_tokens)]
+    if not rows:
+        nothing = torch.zeros(0, device=device)
+        return nothing, nothing, torch.zeros(0, dtype=torch.int64, device=device)
+    # One embedding for all passes: each call would make a gradient as large as the table.
+    embeds = causal_lm.get_input_embeddings()(torch.cat([row.ids for row in rows])[None])
+    hidden = [
+        _scored_hidden(causal_lm, part, row)
+        for part, row in zip(embeds.split([len(row.ids) for row in rows], 1), rows, strict=True)
+    ]
+    targets = torch.cat([row.targets for row in rows])
+    tokens, entropies = _head_logps(causal_lm, torch.cat(hidden), targets, tile_bytes, entropy)
+    return tokens, entropies, torch.cat([row.owners for row in rows])
+
+
+def _passes(trees: Sequence[Tree], max_tokens: int | None) -> Iterator[list[tuple[Tree, int]]]:
+    """Neighbouring trees, with their first response's index, in groups of `max_tokens`."""
+    group: list[tuple[Tree, int]] = []
+    tokens = first = 0
+    for tree in trees:
+        if any(tree.responses):
+            size = len(tree.prompt) + sum(len(r) - 1 for r in tree.responses if r)
+            if group and max_tokens and tokens + size > max_tokens:
+                yield group
+                group, tokens = [], 0
+            group.append((tree, first))
+            tokens += size
+        first += len(tree.responses)
+    if group:
+        yield group
+
+
+def _scored_hidden(causal_lm: Any, embeds: Tensor, row: _Row) -> Tensor:
+    """Run the decoder over one row and return its normed output [scored, width]."""
+    decoder = causal_lm.get_decoder()
+    with _tree_pass(decoder, row):
+        out = decoder(
+            inputs_embeds=embeds,
+            position_ids=row.positions[None],
+            use_cache=False,
+            sso_row=row,
+        )
+    return cast(Tensor, out.last_hidden_state[0])
+
+
+@contextmanager
+def _tree_attention(config: Any) -> Iterator[None]:
+    """Let the attention modules of a model call `_attend`."""
+    before = config._attn_implementation
+    config._attn_implementation = _IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def _tree_pass(decoder: Any, row: _Row) -> Iterator[None]:
+    """Prepare a decoder for one call on a row of trees, and put everything back afterwards."""
+    last = decoder.layers[-1]
+    whole: list[Tensor] = []
+
+    def keep_whole(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        whole.append(args[0])
+        return (args[0][:, row.scored], *args[1:])
+
+    def again(original: Callable[..., Any]) -> Callable[..., Any]:
+        # Gradient checkpointing calls a layer once more when this pass is long over.
+        def checkpointed(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with _tree_attention(decoder.config):
+                    return layer(*args, **kwargs)
+
+            return original(run, *args, **kwargs)
+
+        return checkpointed
+
+    with ExitStack() as stack:
+        stack.enter_context(_tree_attention(decoder.config))
+        # The last layer's residual stream holds scored positions only, while its attention still
+        # reads all of them: its first norm is given the whole row, its output projection a part.
+        for hook in (
+            last.register_forward_pre_hook(keep_whole),
+            last.input_layernorm.register_forward_pre_hook(lambda module, args: (whole.pop(),)),
+            last.self_attn.o_proj.register_forward_pre_hook(
+                lambda module, args: (args[0][:, row.scored],)
+            ),
+        ):
+            stack.callback(hook.remove)
+        for layer in decoder.layers:
+            if layer.gradient_checkpointing:
+                stack.enter_context(
+                    _attribute(
+                        layer,
+                        "_gradient_checkpointing_func",
+                        again(layer._gradient_checkpointing_func),
+                    )
+                )
+        # The hooks above are gone when a checkpoint would run the last layer again.
+        stack.enter_context(_attribute(last, "gradient_checkpointing", False))
+        yield
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Set an instance attribute for a while."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    sso_row: _Row,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a row of trees, as transformers' attention registry wants it.
+
+    Args:
+        module: The attention module.
+        query: [1, heads, tokens, head width].
+        key: [1, key heads, tokens, head width]; `value` likewise.
+        value: See `key`.
+        attention_mask: Always None, because `_no_mask` makes it.
+        sso_row: Where the trees of the row are.
+        scaling: Factor of the scores.
+        dropout: Probability of dropping an attention weight.
+        sliding_window: Most keys a query sees, itself included.
+        softcap: Bound of the scores (Gemma 2).
+        kwargs: What some models pass on and no proven one needs.
+
+    Returns:
+        Output [1, tokens, heads, head width], and None for the weights.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and not softcap and not dropout:
+        return _attend_varlen(query, key, value, sso_row, scaling, sliding_window), None
+    sizes = [segment.length for segment in sso_row.segments]
+    parts = zip(*(torch.split(x, sizes, 2) for x in (query, key, value)), strict=True)
+    prompt_at: dict[int, tuple[Tensor, Tensor]] = {}
+    outputs = []
+    for segment, (q, k, v) in zip(sso_row.segments, parts, strict=True):
+        if segment.prompt_length:
+            prompt_k, prompt_v = prompt_at[segment.prompt_start]
+            k = torch.cat([prompt_k[:, :, : segment.prompt_length], k], 2)
+            v = torch.cat([prompt_v[:, :, : segment.prompt_length], v], 2)
+        else:
+            prompt_at[segment.start] = k, v
+        mask = sso_row.mask(segment, sliding_window)
+        if softcap:
+            out = _capped_attention(q, k, v, mask, scaling, softcap, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, 1), None
+
+
+def _capped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    """Attention with `softcap * tanh(scores / softcap)`, which no fused CPU kernel has."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    # float32 even in a float64 model, as in transformers' own attention
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return F.dropout(weights.to(q.dtype), dropout) @ v
+
+
+def _attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: _Row,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """All segments in one kernel call.
+
+    NOT YET RUN ON A GPU: the segments it describes are tested against an emulation of the kernel's
+    documented meaning (causal from the lower right corner), the kernel itself is not.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    index, query_ends, key_ends, most_queries, most_keys = row.varlen()
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1)[index],
+        value[0].transpose(0, 1)[index],
+        query_ends,
+        key_ends,
+        most_queries,
+        most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast(Tensor, out)[None]
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """No mask: `_attend` knows who sees whom."""
+
+
+ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _no_mask)
+
+
+# ---------------------------------------------------------------------------------------------
+# The head
+# ---------------------------------------------------------------------------------------------
+
+
+def _head_logps(
+    causal_lm: Any, hidden: Tensor, targets: Tensor, tile_bytes: int, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of targets, and entropies (0 unless asked for), both [scored].
+
+    Args:
+        causal_lm: Owner of the head and of its scaling and soft cap.
+        hidden: Normed decoder output [scored, width].
+        targets: Token ids [scored].
+        tile_bytes: Size of the largest block of float32 logits.
+        entropy: Whether entropies are wanted.
+    """
+    config, head = causal_lm.config, causal_lm.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+    hidden = hidden / getattr(config, "logits_scaling", 1.0)
+    if type(head) is nn.Linear and head.bias is None:
+        weight = head.weight
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            out = _HeadLogps.apply(hidden, weight, targets, cap, tile_bytes, entropy)
+        return cast("tuple[Tensor, Tensor]", out)
+
+    # A head with an adapter, a bias or quantised weights: recompute each chunk through the module.
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        logits = _soft_cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
+        logps = logits.log_softmax(-1)
+        ent = -(logps.exp() * logps).sum(-1) if entropy else logps.new_zeros(len(logps))
+        return logps.gather(-1, targets[:, None]).squeeze(-1), ent.detach()
+
+    rows = max(1, tile_bytes // (4 * config.vocab_size))
+    parts = [
+        checkpoint(chunk, h, t, use_reentrant=False)
+        for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class _HeadLogps(torch.autograd.Function):
+    """`log_softmax(cap(hidden @ weight.T))` at the targets, in tiles.
+
+    With `z = h W^T`, `l = cap tanh(z / cap)` (or `l = z`) and `p = softmax(l)`:
+
+        d logp / d h = l'_y W_y - sum_v p_v l'_v W_v        with l' = 1 - (l / cap)^2
+        d logp / d W = (l'_y onehot(y) - p l')^T h
+
+    The sum in the first line is a running, rescaled one, as in flash attention, so it is made in
+    the forward pass and only scaled in the backward pass: under a frozen head nothing is computed
+    twice. A trained head needs every tile once more, because its gradient mixes all positions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cap: float | None,
+        tile_bytes: int,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        finest = torch.float32 if hidden.device.type == "mps" else torch.float64
+        rows, columns = _tile_shape(len(hidden), len(weight), tile_bytes)
+        picked = (hidden * weight[targets]).sum(-1, dtype=wide)
+        picked = _soft_cap(picked, cap)
+        logps = torch.empty(len(hidden), dtype=finest, device=hidden.device)
+        entropies = torch.zeros_like(logps)
+        log_sums = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        expected = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for at in _slices(len(hidden), rows):
+            h = hidden[at]
+            peak = torch.full((len(h), 1), -torch.inf, dtype=wide, device=h.device)
+            mass = torch.zeros(len(h), 1, dtype=finest, device=h.device)
+            mean = torch.zeros_like(mass)  # of the logits
+            direction = torch.zeros_like(h, dtype=wide)  # of the sum over v above
+            for w in torch.split(weight, columns):
+                logits = _soft_cap((h @ w.T).to(wide), cap)
+                higher = torch.maximum(peak, logits.amax(-1, keepdim=True))
+                shrink = (peak - higher).exp_()
+                peak = higher
+                slope = None if cap is None else 1 - (logits / cap).square_()
+                kept = logits.clone() if entropy else None
+                p = logits.sub_(peak).exp_()
+                mass = mass * shrink + p.sum(-1, keepdim=True)
+                if kept is not None:
+                    mean = mean * shrink + kept.mul_(p).sum(-1, keepdim=True)
+                if expected is not None:
+                    p = p if slope is None else p.mul_(slope)
+                    direction = direction.mul_(shrink).add_(p.to(w.dtype) @ w)
+            log_sum = peak.to(finest) + mass.log()
+            log_sums[at] = log_sum.squeeze(-1).to(wide)
+            logps[at] = picked[at].to(finest) - log_sum.squeeze(-1)
+            if entropy:
+                entropies[at] = (log_sum - mean / mass).squeeze(-1)
+            if expected is not None:
+                expected[at] = (direction / mass).to(expected.dtype)
+        ctx.save_for_backward(hidden, weight, targets, picked, log_sums, expected)
+        ctx.cap, ctx.tile = cap, (rows, columns)
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, picked, log_sums, expected = ctx.saved_tensors
+        cap, (rows, columns) = ctx.cap, ctx.tile
+        grad = grad.to(log_sums.dtype)[:, None]
+        own = 1.0 if cap is None else 1 - (picked / cap).square()[:, None]
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (grad * (own * weight[targets] - expected)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            scaled = (-grad * hidden).to(hidden.dtype)  # [scored, width]
+            grad_weight = torch.empty_like(weight)
+            for columns_at in _slices(len(weight), columns):
+                w = weight[columns_at]
+                tile_grad = torch.zeros_like(w, dtype=log_sums.dtype)
+                for at in _slices(len(hidden), rows):
+                    logits = _soft_cap((hidden[at] @ w.T).to(log_sums.dtype), cap)
+                    slope = None if cap is None else 1 - (logits / cap).square_()
+                    p = logits.sub_(log_sums[at][:, None]).exp_()
+                    p = p if slope is None else p.mul_(slope)
+                    if p.dtype == w.dtype:
+                        tile_grad.addmm_(p.T, scaled[at])
+                    else:
+                        tile_grad += p.to(w.dtype).T @ scaled[at]
+                grad_weight[columns_at] = tile_grad
+            grad_weight.index_add_(0, targets, (-own * scaled).to(grad_weight.dtype))
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _tile_shape(rows: int, columns: int, tile_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a float32 tile: four times as wide as high, to reuse what is loaded."""
+    height = max(1, int((tile_bytes / 16) ** 0.5))
+    return min(rows, height), min(columns, max(1, tile_bytes // (4 * min(rows, height))))
+
+
+def _slices(total: int, step: int) -> list[slice]:
+    return [slice(begin, begin + step) for begin in range(0, total, step)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Plain rows
+# ---------------------------------------------------------------------------------------------
+
+
+def _score_rows(
+    model: nn.Module, trees: Sequence[Tree], max_tokens: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and response index of every scored token, by padded forwards."""
+    device = next(model.parameters()).device
+    rows = [(tree.prompt, response) for tree in trees for response in tree.responses]
+    widths = [len(p) + len(r) for p, r in rows]
+    nothing = torch.zeros(0, device=device)
+    parts = [(nothing, nothing, torch.zeros(0, dtype=torch.int64, device=device))]
+    for batch in _batches(widths, max_tokens):
+        width = widths[batch[0]]
+        first = min(len(rows[i][0]) for i in batch) - 1  # the earliest prediction of a response
+        ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        real, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for line, i in enumerate(batch):
+            prompt, response = rows[i]
+            ids[line, : widths[i]] = torch.tensor(prompt + response)
+            real[line, : widths[i]] = 1
+            scored[line, len(prompt) : widths[i]] = True
+        ids, real = ids.to(device), real.to(device)
+        logits = model(
+            input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=width - first
+        ).logits
+        at = scored.to(device)[:, first + 1 :]
+        logits = logits[:, :-1][at]
+        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        entropies = -(logps.detach().exp() * logps.detach()).sum(-1)
+        owners = torch.tensor(batch, device=device).repeat_interleave(at.sum(-1))
+        targets = ids[:, first + 1 :][at]
+        parts.append((logps.gather(-1, targets[:, None]).squeeze(-1), entropies, owners))
+    tokens, entropies, owners = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tokens, entropies, owners
+
+
+def _batches(widths: Sequence[int], max_tokens: int | None) -> Iterator[list[int]]:
+    """Indices, longest first, grouped so that a padded group holds at most `max_tokens`."""
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and max_tokens and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
+    for index in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        if batch and max_tokens and widths[batch[0]] * (len(batch) + 1) > max_tokens:
             yield batch
             batch = []
         batch.append(index)
     if batch:
         yield batch
-
-
-def _plain_rows(model: nn.Module, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Summed log-probabilities [rows] by one right-padded forward."""
-    device = next(model.parameters()).device
-    width = max(len(p) + len(r) for p, r in rows)
-    first = min(len(p) for p, _ in rows) - 1  # predicts the first response token of any row
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    real = torch.zeros_like(ids)
-    scored = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(rows):
-        total = len(prompt) + len(response)
-        ids[i, :total] = torch.tensor(prompt + response)
-        real[i, :total] = 1
-        scored[i, len(prompt) : total] = True
-    ids, real, scored = ids.to(device), real.to(device), scored.to(device)
-    keep = torch.arange(first, width - 1, device=device)
-    if not len(keep):
-        return torch.zeros(len(rows), device=device)
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=keep).logits
-    token_logps = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    token_logps = token_logps.log_softmax(-1)
-    token_logps = token_logps.gather(-1, ids[:, first + 1 :, None]).squeeze(-1)
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.where(scored[:, first + 1 :], token_logps, 0).sum(-1, dtype=wide)
