@@ -370,11 +370,13 @@ class PredefinedPrinciples(PrincipleSource):
         count: int = 2,
         pick: Literal["policy", "random"] = "policy",
         concision: float = 0.2,
-        safety: Literal["careless", "paper", "off"] = "careless",
+        safety: Literal["careless", "paper", "off", False] = "careless",
         allow_harmful_negatives: bool = False,
     ) -> None:
         if pick not in ("policy", "random"):
             raise InputError(f"principles.pick: {pick!r} is not one of policy, random")
+        if safety is False:  # YAML reads a bare off as false
+            safety = "off"
         if safety not in (*_SAFETY, "off"):
             raise InputError(f"principles.safety: {safety!r} is not one of careless, paper, off")
         if not 0 <= concision <= 1:

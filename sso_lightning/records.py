@@ -224,15 +224,18 @@ def _settings(value: Any, what: str) -> dict[str, Any]:
         value = _parse_json(value, what)
     if not isinstance(value, dict):
         raise InputError(f"{what} must be a mapping")
+    _text(json.dumps(value, ensure_ascii=False), what)
     return value
 
 
 def _scores(value: Any, what: str) -> dict[str, float]:
     scores = _keyed(value, what)
     for key, score in scores.items():
-        if isinstance(score, bool) or not isinstance(score, int | float) or abs(score) >= 2**63:
-            raise InputError(f"{what}: {key!r} must be a log-probability in nats")
-    return {key: float(score) for key, score in scores.items()}
+        if not isinstance(score, float):
+            if type(score) is not int or abs(score) >= 2**63:
+                raise InputError(f"{what}: {key} must be a number")
+            scores[key] = float(score)
+    return scores
 
 
 def _by(keys: Sequence[str], read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -373,9 +376,12 @@ def _conversation(row: _Row) -> list[Message]:
             text = f"{text}\n\n{_text(row.get('input'), row.what('input'))}"
         if row.get("system"):
             messages.append({"role": "system", "content": row.get("system")})
-        for turn in row.get("history") or []:
-            if not isinstance(turn, list | tuple) or len(turn) != 2:
-                raise InputError(f"{row.what('history')} must be a list of [query, answer] pairs")
+        history = row.get("history") or []
+        if not isinstance(history, list) or any(
+            not isinstance(turn, list) or len(turn) != 2 for turn in history
+        ):
+            raise InputError(f"{row.what('history')} must be a list of [query, answer] pairs")
+        for turn in history:
             messages.append({"role": "user", "content": turn[0]})
             messages.append({"role": "assistant", "content": turn[1]})
     return _query([*messages, {"role": "user", "content": text}], row.where)
