@@ -265,6 +265,20 @@ def test_records_come_back_exactly(tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir()] == [f"r.{kind}"]
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    write_records(path, [make_record()])
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(InputError, match=r"r\.jsonl: cannot be written"):
+        write_records(path, [make_record("other")])
+    assert load_records(path) == [make_record()]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_parquet_columns_are_the_fields_with_fixed_types(tmp_path):
     write_records(tmp_path / "r.parquet", [])
     schema = pq.read_schema(tmp_path / "r.parquet")
@@ -517,7 +531,7 @@ def test_a_damaged_shard_is_set_aside_and_counts_as_not_written(tmp_path, harm):
 
 def test_leftovers_of_a_crash_are_not_taken_for_shards(tmp_path):
     store = filled_store(tmp_path)
-    (tmp_path / ".shard-00002.parquet.tmp").write_bytes(b"half")
+    (tmp_path / ".shard-00007.parquet.tmp").write_bytes(b"half")
     # killed between writing the shard and listing it
     write_records(tmp_path / "shard-00002.parquet", [make_record("unlisted")])
     assert [r.id for r in PairStore(tmp_path, IDENTITY).read()] == ["r1-0"]
