@@ -1,0 +1,125 @@
+"""Entry point of `sso-lightning` and `python -m sso_lightning`.
+
+Importing torch, lightning and transformers takes many seconds, so nothing heavy is imported until
+a command needs it: `--version`, `--help` and a misspelt command answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from sso_lightning.errors import InputError
+from sso_lightning.version import __version__
+
+USAGE = """\
+usage: sso-lightning COMMAND [options]
+
+Align a chat model by Self-Steering Optimization: it writes good, bad and plain answers to your
+queries under opposed principles and learns from the pairs they form, iteration after iteration.
+
+commands:
+  fit       train:                 sso-lightning fit --config configs/sandbox/sso_2024.yaml
+  validate  measure on held-out pairs, also of a checkpoint (--ckpt_path FILE)
+  test      the same under test/
+  predict   sample pairs for any query file (--data.predict_queries FILE)
+  export    checkpoint to a Hugging Face folder: sso-lightning export CKPT OUT [--merge]
+  sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
+
+options:
+  --help     this text; `sso-lightning COMMAND --help` lists every setting of a command
+  --version  print the version
+
+exit status: 0 done, 1 an error inside, 2 wrong input or settings, 130 interrupted.
+SSO_DEBUG=1 shows tracebacks.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The command line without the program's name; `sys.argv[1:]` if not given.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        sys.stdout.write(f"sso-lightning {__version__}\n")
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {
+        **dict.fromkeys(("fit", "validate", "test", "predict"), lambda _: _train(arguments)),
+        "export": _export,
+        "sandbox": _sandbox,
+    }
+    command = commands.get(arguments[0])
+    if command is None:
+        known = ", ".join(commands)
+        sys.stderr.write(f"error: unknown command {arguments[0]!r}; known: {known}\n")
+        return 2
+    try:
+        return command(arguments[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except Exception as error:
+        if os.environ.get("SSO_DEBUG") == "1":
+            raise
+        mistake = _mistake(error)
+        status = 2 if mistake else 1
+        name = "" if mistake else f"{type(error).__name__}: "
+        line = " ".join(str(mistake or error).split())
+        hint = "" if status == 2 else " (SSO_DEBUG=1 shows where)"
+        sys.stderr.write(f"error: {name}{line}{hint}\n")
+        return status
+
+
+def _mistake(error: BaseException | None) -> InputError | None:
+    """The user's mistake behind an error: a parser wraps what a class refuses in its own words."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _train(arguments: list[str]) -> int:
+    from sso_lightning.cli import run
+
+    run(arguments)
+    return 0
+
+
+def _sandbox(arguments: list[str]) -> int:
+    from sso_lightning.sandbox.command import run
+
+    return run(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(
+        prog="sso-lightning export",
+        description="Turn a checkpoint into a folder that transformers and PEFT load.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file of a run")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--merge", action="store_true", help="fold LoRA adapters into the base")
+    given = parser.parse_args(arguments)
+    from sso_lightning.policy import export_checkpoint
+
+    export_checkpoint(given.checkpoint, given.out, merge=given.merge)
+    sys.stdout.write(f"exported to {given.out}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Built-in callbacks: pairs for every iteration, checkpoints, RNG state, export."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from sso_lightning.errors import InputError
+from sso_lightning.module import SSOModule
+from sso_lightning.pairs import PairBuilder, score
+from sso_lightning.policy import initial_policy, save_policy
+from sso_lightning.principles import PredefinedPrinciples, PrincipleSource
+from sso_lightning.records import PairStore, Query, Record, load_records
+from sso_lightning.runs import RunLogger
+from sso_lightning.sampling import Sampler, TransformersSampler
+
+log = logging.getLogger("sso_lightning")
+
+
+class PairCallback(Callback):
+    """A callback that is told when a set of pairs was built; for your own files too."""
+
+    def on_pairs_built(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        records: Sequence[Record],
+        report: dict[str, float],
+        name: str,
+    ) -> None:
+        """Called after a set was sampled, cleaned and scored, before it is trained on.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module; its policy is the one that sampled.
+            records: The records kept.
+            report: The set's `pairs/...` numbers (see `pairs.report`).
+            name: `iteration-NN`, `iteration-NN/validation`, `validation` or `predict`.
+        """
+
+
+class RegeneratePairs(Callback):
+    """Makes the pairs of every iteration with the policy in training.
+
+    Attaches itself to the data module, which asks it at the start of an epoch, before the policy
+    moves. Process 0 samples and scores while the others wait.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler | None = None,
+        principles: PrincipleSource | None = None,
+        reference: Literal["previous", "initial"] = "previous",
+        max_prompt_tokens: int = 4096,
+        score_tokens: int = 16384,
+        shard_size: int = 256,
+    ) -> None:
+        """Set the callback up.
+
+        Args:
+            sampler: Engine that answers the prompts; `TransformersSampler()` if not given.
+            principles: Source of the opposed principles; `PredefinedPrinciples()` if not given.
+            reference: The policy at the start of the iteration (as in the papers), or at the
+                start of the run.
+            max_prompt_tokens: Queries with a longer prompt are dropped and counted, never cut.
+            score_tokens: Token budget of one scoring batch.
+            shard_size: Queries per shard; what a killed run can lose.
+        """
+        numbers = {
+            "max_prompt_tokens": max_prompt_tokens,
+            "score_tokens": score_tokens,
+            "shard_size": shard_size,
+        }
+        wrong = [f"pairs.{k} must be at least 1, got {v}" for k, v in numbers.items() if v < 1]
+        if reference not in ("previous", "initial"):
+            wrong.append(f"pairs.reference must be previous or initial, got {reference!r}")
+        if wrong:
+            raise InputError("; ".join(wrong))
+        self.sampler = sampler or TransformersSampler()
+        self.principles = principles or PredefinedPrinciples()
+        self.reference = reference
+        self.max_prompt_tokens = max_prompt_tokens
+        self.score_tokens = score_tokens
+        self.shard_size = shard_size
+        self._trainer: pl.Trainer
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Attach to the data module and probe the chat template before weights are loaded."""
+        assert isinstance(pl_module, SSOModule)
+        self._trainer = trainer
+        trainer.datamodule.regenerator = self  # type: ignore[attr-defined]
+        pl_module.load_tokenizer()
+        log.info(
+            "chat template: principles go into the %s",
+            {"system": "system role", "fold": "last user turn"}[pl_module.renderer.mode],
+        )
+
+    @property
+    def _module(self) -> SSOModule:
+        module = self._trainer.lightning_module
+        assert isinstance(module, SSOModule)
+        return module
+
+    def builder(self, iteration: int) -> PairBuilder:
+        """The builder of an iteration's sets with the policy as it is now."""
+        trainer, module = self._trainer, self._module
+        # a set that is only validated needs a reference that differs from the policy that wrote it
+        initial = self.reference == "initial" or trainer.state.fn in ("validate", "test")
+        return PairBuilder(
+            model=module.policy,
+            renderer=module.renderer,
+            sampler=self.sampler,
+            principles=self.principles,
+            seed=trainer.datamodule.seed,  # type: ignore[attr-defined]
+            iteration=iteration,
+            initial=partial(initial_policy, module.policy, module.policy_config)
+            if initial
+            else None,
+            max_prompt_tokens=self.max_prompt_tokens,
+            score_tokens=self.score_tokens,
+            shard_size=self.shard_size,
+            forward_context=self._forward_context,
+        )
+
+    def _forward_context(self) -> AbstractContextManager[Any]:
+        return self._trainer.precision_plugin.forward_context()
+
+    def build(self, queries: Sequence[Query], iteration: int, name: str) -> list[Record]:
+        """Sample, clean, score and store a set (or continue or reread it).
+
+        Args:
+            queries: What to answer.
+            iteration: Part of every seed.
+            name: Folder below `pairs/` of the run.
+
+        Returns:
+            The records, on every process.
+        """
+        folder = Path(self._trainer.default_root_dir) / "pairs" / name
+        with self._first_process_only() as mine:
+            if mine:
+                records, report = self.builder(iteration).build(queries, folder)
+                self._announce(records, report, name)
+        return load_records(folder)
+
+    def score(
+        self, records: list[Record], sequences: Sequence[tuple[str, str]], name: str
+    ) -> list[Record]:
+        """Store the reference's log-probabilities of records from a file.
+
+        The reference of offline training is the policy before any training, for the whole run.
+
+        Args:
+            records: With token ids.
+            sequences: What the objective needs.
+            name: Folder below `pairs/` of the run.
+
+        Returns:
+            The same records with `reference/...` scores, on every process.
+        """
+        folder = Path(self._trainer.default_root_dir) / "pairs" / name
+        keys = {f"reference/{c}/{r}" for c, r in sequences}
+        with self._first_process_only() as mine:
+            if mine:
+                store = PairStore(
+                    folder, {"source": [r.id for r in records], "scores": sorted(keys)}
+                )
+                if not store.complete:
+                    module = self._module
+                    started = initial_policy(module.policy, module.policy_config)
+                    with started as model, self._forward_context():
+                        for index, start in enumerate(range(0, len(records), self.shard_size)):
+                            chunk = records[start : start + self.shard_size]
+                            budget = self.score_tokens
+                            score(model, chunk, sequences, who="reference", max_tokens=budget)
+                            if index not in store.shards():
+                                store.write_shard(index, chunk, {})
+                    store.finish({"pairs/kept": len(records)})
+        return load_records(folder)
+
+    @contextmanager
+    def _first_process_only(self) -> Iterator[bool]:
+        """True on process 0; the others wait until it is through, whether it fails or not."""
+        try:
+            yield self._trainer.is_global_zero
+        finally:
+            self._trainer.strategy.barrier("pairs")
+
+    def _announce(self, records: list[Record], report: dict[str, float], name: str) -> None:
+        trainer = self._trainer
+        numbers = report
+        if name.endswith("validation"):
+            numbers = {key.replace("pairs/", "val_pairs/"): v for key, v in report.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+        tensors = {key: torch.tensor(float(value)) for key, value in numbers.items()}
+        trainer.callback_metrics.update(tensors)
+        log.info(
+            "%s: %d pairs kept, %d dropped; on-policy %.3f / %.3f, gap %.3f, %.0f tokens/s",
+            name,
+            report["pairs/kept"],
+            report["pairs/dropped"],
+            report["pairs/on_policy_good"],
+            report["pairs/on_policy_bad"],
+            report["pairs/gap_logp"],
+            report["pairs/tokens_per_second"],
+        )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PairCallback):
+                callback.on_pairs_built(trainer, self._module, records, report, name)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Keeps a checkpoint of every iteration (and `last.ckpt`) in `checkpoints/` of the run."""
+
+    def __init__(self, every_n_steps: int | None = None, keep: int = -1) -> None:
+        """Set the callback up.
+
+        Args:
+            every_n_steps: Also save after every so many optimizer steps; None saves only at the
+                end of an iteration.
+            keep: How many to keep, the newest ones; -1 keeps all.
+        """
+        super().__init__(
+            filename="iteration-{epoch:02d}-step-{step}",
+            auto_insert_metric_name=False,
+            monitor="step" if keep > 0 else None,
+            mode="max",
+            save_top_k=keep,
+            save_last=True,
+            every_n_train_steps=every_n_steps,
+            every_n_epochs=None if every_n_steps else 1,
+            save_on_train_epoch_end=True,
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the folder into the run's."""
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+
+class RunState(Callback):
+    """Saves and restores the random number generators, and lets metrics.csv continue."""
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of Python's, NumPy's and torch's generators, as plain values and tensors."""
+        version, internal, gauss = random.getstate()
+        kind, keys, position, has_gauss, cached = np.random.get_state()
+        return {
+            "python": [version, list(internal), gauss],
+            "numpy": [
+                kind,
+                torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                position,
+                has_gauss,
+                cached,
+            ],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states until training starts: set-up draws random numbers too."""
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the generators as they were."""
+        state = self._restored
+        if not state:
+            return
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        self._restored = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue metrics.csv where the checkpoint was taken."""
+        if self._restored:
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.continue_from(trainer.global_step)
+
+
+class ExportPolicy(Callback):
+    """Writes the trained policy as a Hugging Face folder to `export/` when training ends."""
+
+    def __init__(self, merge: bool = False) -> None:
+        """Set the callback up.
+
+        Args:
+            merge: Fold LoRA adapters into the base instead of writing the adapter.
+        """
+        self.merge = merge
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export."""
+        assert isinstance(pl_module, SSOModule)
+        if trainer.is_global_zero and not trainer.interrupted:
+            out = Path(trainer.default_root_dir) / "export"
+            save_policy(pl_module.policy, pl_module.tokenizer, out, merge=self.merge)
+            log.info("exported the policy to %s", out)

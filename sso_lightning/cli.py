@@ -1,0 +1,137 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI with this library's parts in place."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from sso_lightning.callbacks import Checkpoints, ExportPolicy, RegeneratePairs, RunState
+from sso_lightning.data import SSODataModule
+from sso_lightning.errors import InputError
+from sso_lightning.module import SSOModule
+from sso_lightning.runs import RunLogger, SaveConfig, claim_run_folder
+
+
+class SSOCLI(LightningCLI):
+    """One YAML describes a run: `trainer`, `model`, `data`, `pairs`, `checkpoint`, `export`."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that takes whole flags only: `--trainer.max_epoch` must be an error."""
+        return super().init_parser(allow_abbrev=False, exit_on_error=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the built-in callbacks as top-level keys."""
+        parser.add_lightning_class_args(RegeneratePairs, "pairs")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(ExportPolicy, "export")
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="Remove the outputs of an earlier run in trainer.default_root_dir.",
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what `run` was given, whatever `sys.argv` holds."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a missing checkpoint, or two runs in one folder, before anything is loaded."""
+        checkpoint = self._get(self.config, "ckpt_path")
+        if (
+            checkpoint
+            and checkpoint not in ("last", "best", "hpc")
+            and not Path(checkpoint).exists()
+        ):
+            raise InputError(f"--ckpt_path: no checkpoint {checkpoint}")
+        if self.subcommand == "fit" and not checkpoint and not self._get(self.config, "overwrite"):
+            claim_run_folder(self._root)
+
+    def before_fit(self) -> None:
+        """Remove an earlier run only once the settings and files of the new one have been read."""
+        assert self.datamodule is not None
+        self.datamodule.setup("fit")
+        if self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
+            claim_run_folder(self._root, overwrite=True)
+
+    @property
+    def _root(self) -> Path:
+        return Path(self._get(self.config, "trainer").default_root_dir or ".")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Log to metrics.csv of the run folder, whatever else the YAML logs to."""
+        trainer = self._get(self.config_init, "trainer")
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        own = RunLogger(self._root)
+        fitting = self.subcommand == "fit"
+        kept = [logger for logger in loggers if logger not in (None, True, False)]
+        return super().instantiate_trainer(logger=[own, *kept] if fitting else kept, **kwargs)
+
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs/sso",
+    # one epoch is one iteration, and every iteration has its own pairs
+    "reload_dataloaders_every_n_epochs": 1,
+    "max_epochs": 3,
+    "num_sanity_val_steps": 0,
+    # the data module shards by itself, in an order that a resumed run can repeat
+    "use_distributed_sampler": False,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "callbacks": [RunState()],
+}
+
+
+def quieten() -> None:
+    """Show this library's messages; hide advertising and notes about others' internals."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", message=r".*Checkpoint directory .* exists and is not empty.*"
+    )
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    log = logging.getLogger("sso_lightning")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse and run one command.
+
+    Args:
+        argv: The command line without the program's name.
+    """
+    quieten()
+    # a console script does not see the working folder; appended, so that it shadows nothing
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        SSOCLI(
+            SSOModule,
+            SSODataModule,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            args=list(argv),
+        )
+    except (ArgumentError, MisconfigurationException) as error:
+        raise InputError(str(error)) from error

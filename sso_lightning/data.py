@@ -1,0 +1,462 @@
+"""The data of a run: queries that become pairs every iteration, or pairs from a file.
+
+One epoch is one iteration. `train_dataloader` asks the regenerator (attached by
+`callbacks.RegeneratePairs`) for the set of the current epoch and plans its batches; the plan is
+a function of (seed, epoch) alone, so a resumed run sees the same batches in the same order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sso_lightning.errors import InputError
+from sso_lightning.objectives import ContrastLogps
+from sso_lightning.pairs import trees_of
+from sso_lightning.prompts import ChatRenderer
+from sso_lightning.records import (
+    CONTEXTS,
+    RESPONSES,
+    Query,
+    Record,
+    load_queries,
+    load_records,
+    stream_seed,
+)
+from sso_lightning.scoring import Tree
+
+Sequences = Sequence[tuple[str, str]]
+
+
+class Regenerator(Protocol):
+    """What the data module asks for pairs."""
+
+    def build(self, queries: Sequence[Query], iteration: int, name: str) -> list[Record]:
+        """Sample, clean and score pairs with the current policy (see `pairs.PairBuilder`)."""
+        ...
+
+    def score(self, records: list[Record], sequences: Sequences, name: str) -> list[Record]:
+        """Add the reference's log-probabilities to records from a file."""
+        ...
+
+
+@dataclass
+class PairBatch:
+    """One batch of records, ready to be scored.
+
+    Attributes:
+        ids: Record ids, for error messages.
+        trees: One per record and context, records in order.
+        sequences: What the trees hold, as `pairs.columns_of` needs it.
+        reference: Stored log-probabilities of the reference, float64 `[records]`.
+        scale: Factor on the mean loss that makes an optimizer step the mean over its examples,
+            whatever the sizes of the batches accumulated into it.
+        closes_step: Whether the optimizer steps after this batch.
+    """
+
+    ids: list[str]
+    trees: list[Tree]
+    sequences: Sequences
+    reference: ContrastLogps
+    scale: float = 1.0
+    closes_step: bool = True
+
+
+def collate(records: Sequence[Record], sequences: Sequences) -> PairBatch:
+    """Records to a batch of exactly the sequences an objective names.
+
+    >>> record = Record(id="a", messages=[{"role": "user", "content": "Hi"}], good="Yes", bad="No",
+    ...     prompt_ids={"query": [5, 6]}, response_ids={"good": [7, 8, 2], "bad": [9, 2]},
+    ...     scores={"policy/query/good": -1.5, "policy/query/bad": -4.0})
+    >>> batch = collate([record], [("query", "good"), ("query", "bad")])
+    >>> batch.trees
+    [Tree(prompt=[5, 6], responses=[[7, 8, 2], [9, 2]])]
+    >>> batch.reference.logps["query", "bad"], batch.reference.lengths["good"]
+    (tensor([-4.], dtype=torch.float64), tensor([3]))
+    """
+    logps = {
+        (c, r): torch.tensor([_reference(x, f"{c}/{r}") for x in records], dtype=torch.float64)
+        for c, r in sequences
+    }
+    lengths = {
+        r: torch.tensor([len(x.response_ids[r]) for x in records])
+        for r in dict.fromkeys(r for _, r in sequences)
+    }
+    return PairBatch(
+        [x.id for x in records],
+        trees_of(records, sequences),
+        sequences,
+        ContrastLogps(logps, lengths),
+    )
+
+
+def _reference(record: Record, key: str) -> float:
+    """The reference's log-probability: the sampling policy's, unless another was stored."""
+    scores = record.scores
+    return scores[f"reference/{key}"] if f"reference/{key}" in scores else scores[f"policy/{key}"]
+
+
+def plan_batches(
+    count: int,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    passes: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> list[list[int]]:
+    """Indices of each batch of an epoch, a function of its arguments alone.
+
+    Args:
+        count: Records in the set.
+        batch_size: Records per batch and rank.
+        seed: Seed of the run.
+        epoch: The epoch; every pass over every epoch has its own order.
+        passes: Times every record is seen.
+        rank: This process.
+        world: Number of processes. All make the same number of batches: up to `world - 1`
+            records at the end of a pass's order sit that pass out.
+
+    Returns:
+        The batches; the last of a pass may be smaller.
+    """
+    batches = []
+    for number in range(passes):
+        order = list(range(count))
+        random.Random(stream_seed(seed, epoch, "order", number)).shuffle(order)
+        mine = order[: count - count % world][rank::world]
+        batches += [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    return batches
+
+
+class PlannedBatches(Dataset[PairBatch]):
+    """A planned epoch: item i is the i-th batch, collated."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        batches: Sequence[Sequence[int]],
+        sequences: Sequences,
+        accumulate: int = 1,
+    ) -> None:
+        """Plan an epoch.
+
+        Args:
+            records: The set.
+            batches: Indices of each batch.
+            sequences: What the objective needs.
+            accumulate: Batches per optimizer step.
+        """
+        self.records = records
+        self.batches = batches
+        self.sequences = sequences
+        self.accumulate = accumulate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> PairBatch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        batch = collate([self.records[i] for i in self.batches[index]], self.sequences)
+        first = index - index % self.accumulate
+        window = self.batches[first : first + self.accumulate]
+        # the trainer divides every loss by `accumulate`, also in a last, shorter window
+        share = len(self.batches[index]) / sum(map(len, window))
+        return replace(
+            batch,
+            scale=share * self.accumulate,
+            closes_step=index + 1 == min(first + self.accumulate, len(self)),
+        )
+
+
+class SSODataModule(pl.LightningDataModule):
+    """Queries for training and validation, or pair files for offline training."""
+
+    regenerator: Regenerator | None = None
+
+    def __init__(
+        self,
+        queries: str | None = None,
+        pairs: str | None = None,
+        val_queries: str | None = None,
+        val_pairs: str | None = None,
+        predict_queries: str | None = None,
+        queries_per_iteration: int | None = None,
+        val_limit: int | None = None,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        passes: int = 1,
+        retokenize: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Set the data up. Files are read when training starts.
+
+        Args:
+            queries: File of queries that get fresh pairs every iteration (.jsonl, .json, .parquet).
+            pairs: File or folder of finished pairs, for offline training instead of `queries`.
+            val_queries: File of held-out queries; their pairs are sampled with the training set's.
+            val_pairs: File or folder of held-out pairs, instead of `val_queries`.
+            predict_queries: File of queries that `predict` samples pairs for.
+            queries_per_iteration: Queries used in one iteration, taken in turn from a seeded
+                shuffle; None uses all of them every time.
+            val_limit: Most held-out queries or pairs used.
+            batch_size: Records per batch and process.
+            val_batch_size: Records per validation batch; `batch_size` if not given.
+            passes: Times every record is trained on in its iteration.
+            retokenize: Tokenize the texts of a pair file anew, also where it holds token ids.
+            num_workers: Processes that prepare batches.
+            seed: Seed of queries and order; the command line sets it from `seed_everything`.
+
+        Raises:
+            InputError: If both or neither of queries and pairs are given, or a number is wrong.
+        """
+        super().__init__()
+        if queries and pairs:
+            raise InputError("data.queries and data.pairs are both set; keep one of them")
+        if val_queries and val_pairs:
+            raise InputError("data.val_queries and data.val_pairs are both set; keep one of them")
+        numbers = {
+            "batch_size": batch_size,
+            "passes": passes,
+            "queries_per_iteration": queries_per_iteration,
+            "val_limit": val_limit,
+            "val_batch_size": val_batch_size,
+        }
+        wrong = [
+            f"data.{k} must be at least 1, got {v}"
+            for k, v in numbers.items()
+            if v is not None and v < 1
+        ]
+        if num_workers < 0:
+            wrong.append(f"data.num_workers must be 0 or more, got {num_workers}")
+        if wrong:
+            raise InputError("; ".join(wrong))
+        self.queries = queries
+        self.pairs = pairs
+        self.val_queries = val_queries
+        self.val_pairs = val_pairs
+        self.predict_queries = predict_queries
+        self.queries_per_iteration = queries_per_iteration
+        self.val_limit = val_limit
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.passes = passes
+        self.retokenize = retokenize
+        self.num_workers = num_workers
+        self.seed = seed
+        self._built: int | None = None
+        self._train: list[Record] = []
+        self._val: list[Record] = []
+
+    # ------------------------------------------------------------------ what Lightning calls
+
+    def setup(self, stage: str) -> None:
+        """Fail early on a missing file, before a large model is loaded."""
+        if stage == "fit" and not (self.queries or self.pairs):
+            raise InputError(
+                "set data.queries (fresh pairs every iteration) or data.pairs (offline)"
+            )
+        if stage == "predict" and not self.predict_queries:
+            raise InputError("predict needs data.predict_queries")
+        for key in ("queries", "pairs", "val_queries", "val_pairs", "predict_queries"):
+            path = getattr(self, key)
+            if path and not Path(path).exists():
+                raise InputError(f"data.{key}: no file {path}")
+
+    def train_dataloader(self) -> DataLoader[PairBatch]:
+        """Batches of the current epoch's set, built or read when they are asked for."""
+        self._ensure_built()
+        trainer = self._trainer
+        batches = plan_batches(
+            len(self._train),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=trainer.current_epoch,
+            passes=self.passes,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+        if not batches:
+            raise InputError(
+                f"iteration {trainer.current_epoch}: {len(self._train)} records are too few for "
+                f"{trainer.world_size} processes"
+            )
+        planned = PlannedBatches(
+            self._train, batches, self._sequences, trainer.accumulate_grad_batches
+        )
+        return self._loader(planned)
+
+    def val_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
+        """Batches of the held-out set; none if there is neither val_queries nor val_pairs."""
+        if not (self.val_queries or self.val_pairs):
+            if self._trainer.state.fn != "fit":
+                raise InputError("set data.val_queries or data.val_pairs to validate")
+            return []
+        self._ensure_built()
+        return self._held_out(self._val)
+
+    def test_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
+        """The same held-out set as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[PairBatch]:
+        """Sample pairs for `predict_queries` into `pairs/predict` and serve them in batches."""
+        assert self.predict_queries
+        records = self._regenerate(load_queries(self.predict_queries), 0, "predict")
+        return self._held_out(records)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which epoch the set was built for."""
+        return {"built": self._built}
+
+    def transfer_batch_to_device(
+        self, batch: PairBatch, device: torch.device, dataloader_idx: int
+    ) -> PairBatch:
+        """Only the reference moves: scoring lays token ids out itself, on the model's device."""
+
+        def move(values: Any) -> Any:
+            kind = torch.float32 if device.type == "mps" else torch.float64
+            return {
+                k: v.to(device, kind) if v.is_floating_point() else v.to(device)
+                for k, v in values.items()
+            }
+
+        reference = batch.reference
+        moved = ContrastLogps(move(reference.logps), move(reference.lengths))
+        return replace(batch, reference=moved)
+
+    # ------------------------------------------------------------------ what is behind it
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+    @property
+    def _module(self) -> Any:
+        return self._trainer.lightning_module
+
+    @property
+    def _sequences(self) -> Sequences:
+        sequences: Sequences = self._module.objective.sequences
+        return sequences
+
+    def _loader(self, dataset: PlannedBatches) -> DataLoader[PairBatch]:
+        return DataLoader(dataset, batch_size=None, shuffle=False, num_workers=self.num_workers)
+
+    def _held_out(self, records: Sequence[Record]) -> DataLoader[PairBatch]:
+        order = range(self._trainer.global_rank, len(records), self._trainer.world_size)
+        size = self.val_batch_size
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        return self._loader(PlannedBatches(records, batches, self._sequences))
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch if no record is dropped; for schedules over a whole run."""
+        if self.pairs:
+            self._ensure_built()
+            count = len(self._train)
+        else:
+            assert self.queries
+            total = len(load_queries(self.queries))
+            count = self.queries_per_iteration or total
+        per_rank = count // self._trainer.world_size
+        batches = -(-per_rank // self.batch_size) * self.passes
+        return -(-batches // self._trainer.accumulate_grad_batches)
+
+    def _ensure_built(self) -> None:
+        """Make or read the sets of this epoch, once, before training moves the policy."""
+        epoch = self._trainer.current_epoch
+        if self._built == epoch and (self._train or self._val):
+            return
+        fitting = self._trainer.state.fn == "fit"
+        name = f"iteration-{epoch:02d}"
+        if fitting and self.queries:
+            self._train = self._regenerate(
+                self._take(load_queries(self.queries), epoch), epoch, name
+            )
+        elif fitting and not self._train:
+            assert self.pairs
+            self._train = self._offline(self.pairs, "offline")
+        if self.val_pairs:
+            self._val = (
+                self._val or self._offline(self.val_pairs, "offline/validation")[: self.val_limit]
+            )
+        elif self.val_queries:
+            queries = load_queries(self.val_queries)[: self.val_limit]
+            where = f"{name}/validation" if fitting and self.queries else "validation"
+            self._val = self._regenerate(queries, epoch, where)
+        self._built = epoch
+
+    def _take(self, queries: Sequence[Query], epoch: int) -> list[Query]:
+        """The queries of an iteration: fresh ones until all were used, then a new shuffle."""
+        count = self.queries_per_iteration
+        if count is None:
+            return list(queries)
+        if count > len(queries):
+            raise InputError(
+                f"data.queries_per_iteration is {count}, but {self.queries} holds {len(queries)}"
+            )
+        start = epoch * count
+        taken: list[Query] = []
+        while len(taken) < count:
+            turn, offset = divmod(start + len(taken), len(queries))
+            order = list(queries)
+            random.Random(stream_seed(self.seed, "queries", turn)).shuffle(order)
+            # a query that the end of the last shuffle already gave to this iteration waits
+            fresh = [q for q in order[offset:] if q not in taken]
+            taken += fresh[: count - len(taken)]
+        return taken
+
+    def _regenerate(self, queries: Sequence[Query], epoch: int, name: str) -> list[Record]:
+        if self.regenerator is None:
+            raise InputError("no callback makes pairs; add sso_lightning.callbacks.RegeneratePairs")
+        return self.regenerator.build(queries, epoch, name)
+
+    def _offline(self, path: str, name: str) -> list[Record]:
+        """Records of a file with token ids and the reference's log-probabilities."""
+        if self.regenerator is None:
+            raise InputError(
+                "no callback scores pairs; add sso_lightning.callbacks.RegeneratePairs"
+            )
+        records = load_records(path)
+        renderer = self._module.renderer
+        for record in records:
+            self._tokenize(record, renderer, path)
+        return self.regenerator.score(records, self._sequences, name)
+
+    def _tokenize(self, record: Record, renderer: ChatRenderer, path: str) -> None:
+        """Give a record from a file the token ids of what the objective needs."""
+        where = f"{path}: record {record.id!r}"
+        if record.prompt_ids and not self.retokenize:
+            if record.template != renderer.template_hash:
+                raise InputError(
+                    f"{where} was made with another chat template; set data.retokenize: true to "
+                    "tokenize its texts anew"
+                )
+            return
+        contexts = {c for c, _ in self._sequences}
+        responses = {r for _, r in self._sequences}
+        systems = {"query": None, "good": record.good_system, "bad": record.bad_system}
+        lacking = [f"{c}_system" for c in CONTEXTS if c in contexts and systems[c] == ""]
+        lacking += [r for r in RESPONSES if r in responses and not getattr(record, r)]
+        if lacking:
+            objective = type(self._module.objective).__name__
+            raise InputError(f"{where} has no {lacking[0]}, which {objective} needs")
+        record.prompt_ids = {
+            c: renderer.render(record.messages, systems[c]) for c in CONTEXTS if systems[c] != ""
+        }
+        record.response_ids = {
+            r: renderer.encode_response(getattr(record, r)) for r in RESPONSES if getattr(record, r)
+        }
+        record.template = renderer.template_hash
+        record.scores = {}

@@ -1,0 +1,279 @@
+"""SSOModule: a policy, an objective, and the step that joins them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from sso_lightning.data import PairBatch
+from sso_lightning.errors import InputError
+from sso_lightning.losses import IPO
+from sso_lightning.objectives import ContrastLogps, Objective
+from sso_lightning.pairs import columns_of
+from sso_lightning.policy import PolicyConfig, load_model, load_tokenizer
+from sso_lightning.prompts import ChatRenderer
+from sso_lightning.scoring import response_logps
+
+log = logging.getLogger("sso_lightning")
+
+IPO_PROGRESS_FLOOR = 0.1
+
+
+@dataclass
+class Schedule:
+    """Learning rate over optimizer steps: linear warmup, then decay.
+
+    Attributes:
+        kind: Decay after the warmup.
+        warmup: Share of the steps that warm up.
+        floor: Learning rate at the end, as a share of its peak.
+        restart: Each iteration is a training run of its own, as in the papers: the schedule
+            starts again and the optimizer forgets its moments.
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    floor: float = 0.0
+    restart: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup < 1.0:
+            raise InputError(f"schedule.warmup must be in [0, 1), got {self.warmup}")
+        if not 0.0 <= self.floor <= 1.0:
+            raise InputError(f"schedule.floor must be in [0, 1], got {self.floor}")
+
+    def factor(self, step: int, total: int) -> float:
+        """Share of the peak learning rate at optimizer step `step` (from 0) of `total`."""
+        warm = math.ceil(self.warmup * total)
+        if step < warm:
+            return (step + 1) / warm
+        done = min(1.0, (step - warm) / max(1, total - warm))
+        shape = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        }[self.kind]
+        return self.floor + (1.0 - self.floor) * shape
+
+
+class SSOModule(pl.LightningModule):
+    """Trains a policy on pairs that it wrote itself.
+
+    The reference is not here: its log-probabilities come with every batch, stored once per
+    iteration. A step is therefore one forward and backward of the policy over exactly the
+    sequences that the objective names.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        objective: Objective,
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Keep the settings; weights are loaded in `configure_model`.
+
+        Args:
+            policy: Which model is trained, and how it is held in memory.
+            objective: Which pairs are compared, and how the terms are combined.
+            optimizer: Optimizer class and its settings.
+            schedule: Learning rate over the steps of an iteration (or of the run).
+            max_tokens: Most tokens of one forward call in a step; None puts a batch in one call.
+        """
+        super().__init__()
+        policy.check()
+        self.policy_config = policy
+        self.objective = objective
+        self.optimizer = optimizer
+        self.schedule = schedule or Schedule()
+        self.max_tokens = max_tokens
+        self.policy: Any = None
+        self.tokenizer: Any = None
+        self.renderer: ChatRenderer
+        # plain dicts: which metrics there are is the objective's choice, and none is a checkpoint's
+        self._step_metrics: dict[str, MeanMetric] = {}
+        self._held_out_metrics: dict[str, MeanMetric] = {}
+        self._ipo_progress: list[float] = []
+        # adapters and frozen bases are saved without the base, see `on_save_checkpoint`
+        self.strict_loading = False
+
+    # ------------------------------------------------------------------ model
+
+    def configure_model(self) -> None:
+        """Load tokenizer and weights, once."""
+        if self.policy is not None:
+            return
+        self.load_tokenizer()
+        # from_pretrained gives a model in eval mode, in which gradient checkpointing does nothing
+        self.policy = load_model(self.policy_config).train()
+
+    def load_tokenizer(self) -> None:
+        """Load the tokenizer and probe its chat template: seconds, and needs no weights."""
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.policy_config)
+            self.renderer = ChatRenderer(
+                self.tokenizer, self.policy_config.system_role, self.policy_config.template_kwargs
+            )
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer over the trainable weights; the schedule acts in `optimizer_step`."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.optimizer(trainable)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    # ------------------------------------------------------------------ steps
+
+    def score(self, batch: PairBatch) -> ContrastLogps:
+        """The policy's log-probabilities of a batch, with gradient."""
+        logps, lengths = response_logps(self.policy, batch.trees, max_tokens=self.max_tokens)
+        counts = columns_of(lengths, batch.sequences)
+        return ContrastLogps(
+            columns_of(logps, batch.sequences), {r: counts[c, r] for c, r in batch.sequences}
+        )
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """One batch; the loss of an optimizer step is the mean over its examples."""
+        loss, metrics = self.objective(self.score(batch), batch.reference)
+        metrics["loss"] = loss.detach()
+        self._gather(self._step_metrics, metrics, weight=len(batch.ids))
+        if batch.closes_step:
+            values = self._take(self._step_metrics)
+            if "ipo_progress" in values:
+                self._ipo_progress.append(float(values["ipo_progress"]))
+            self.log_dict({f"train/{k}": v for k, v in values.items()})
+            self.log("loss", values["loss"], prog_bar=True, logger=False)
+        return loss * batch.scale
+
+    def _gather(
+        self, store: dict[str, MeanMetric], metrics: dict[str, Tensor], weight: int
+    ) -> None:
+        for name, value in metrics.items():
+            if name not in store:
+                store[name] = MeanMetric(sync_on_compute=store is not self._step_metrics)
+            store[name].to(self.device).update(value.float(), weight)
+
+    def _take(self, store: dict[str, MeanMetric]) -> dict[str, Tensor]:
+        """The means gathered so far; the next ones start from nothing."""
+        values = {name: metric.compute() for name, metric in store.items()}
+        store.clear()
+        return values
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Loss, reward accuracies and margins on the held-out pairs."""
+        loss, metrics = self.objective(self.score(batch), batch.reference)
+        first = self.objective.terms[0].name
+        metrics["loss"] = loss
+        metrics["reward_accuracy"] = metrics[f"reward_accuracy_{first}"]
+        metrics["reward_margin"] = metrics[f"reward_margin_{first}"]
+        self._gather(self._held_out_metrics, metrics, weight=len(batch.ids))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the held-out pairs of all processes."""
+        values = self._take(self._held_out_metrics)
+        self.log_dict({f"val/{k}": v for k, v in values.items()})
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`, under `test/`."""
+        values = self._take(self._held_out_metrics)
+        self.log_dict({f"test/{k}": v for k, v in values.items()})
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, list[Any]]:
+        """Ids and log-probabilities of sampled pairs (the pairs themselves are on disk)."""
+        logps = self.score(batch).logps
+        return {"id": batch.ids} | {f"{c}/{r}": v.tolist() for (c, r), v in logps.items()}
+
+    # ------------------------------------------------------------------ schedule
+
+    def on_train_epoch_start(self) -> None:
+        """A new iteration forgets the optimizer's moments (a resumed one does not get here)."""
+        if self.schedule.restart and self.trainer.current_epoch > 0:
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.clear()
+        self._ipo_progress = []
+
+    def on_train_epoch_end(self) -> None:
+        """Warn while IPO's target is out of reach: nothing then holds the policy back."""
+        if not isinstance(self.objective.base, IPO) or not self._ipo_progress:
+            return
+        progress = max(self._ipo_progress)
+        if progress < IPO_PROGRESS_FLOOR:
+            log.warning(
+                "iteration %d: the IPO margin reached %.3f of its target of %.3g nats per token at "
+                "most; with the target out of reach nothing holds the policy back. A larger beta "
+                "sets a nearer target.",
+                self.trainer.current_epoch,
+                progress,
+                self.objective.base.target,
+            )
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Set the learning rate for this step, then step.
+
+        The rate is a function of the step's number alone, so there is no scheduler state that a
+        resumed run could get wrong.
+        """
+        factor = self.schedule.factor(*self._progress(batch_idx))
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def _progress(self, batch_idx: int) -> tuple[int, int]:
+        """(Optimizer step from 0, number of steps) in the iteration or the run."""
+        every = self.trainer.accumulate_grad_batches
+        if self.schedule.restart:
+            return batch_idx // every, math.ceil(self.trainer.num_training_batches / every)
+        if not hasattr(self, "_run_steps"):
+            per_epoch = self.trainer.datamodule.steps_per_epoch()  # type: ignore[attr-defined]
+            epochs, limit = self.trainer.max_epochs or 1, self.trainer.max_steps
+            self._run_steps = min(per_epoch * epochs, limit if limit > 0 else per_epoch * epochs)
+        return self.trainer.global_step, self._run_steps
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient's norm before clipping."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave a frozen base out, and say what the weights belong to."""
+        if self.policy_config.lora:
+            trainable = {n for n, p in self.named_parameters() if p.requires_grad}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trainable}
+        checkpoint["policy"] = asdict(self.policy_config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained another way (LoRA or full, another rank)."""
+        self.configure_model()
+        shapes = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        wrong = [name for name, shape in shapes.items() if found.get(name) != shape]
+        if wrong:
+            raise InputError(
+                f"the checkpoint does not fit model.policy: {wrong[0]} is "
+                f"{tuple(found[wrong[0]]) if wrong[0] in found else 'missing'}; use the "
+                "settings it was trained with (policy.path, policy.lora)"
+            )

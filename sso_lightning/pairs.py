@@ -1,0 +1,440 @@
+"""From queries to scored pairs: principles, three prompts, three answers, cleaning, scores.
+
+A set of pairs is built in shards of queries; each shard runs the whole chain and is written
+when it is finished, so a killed run loses one shard at most. The scores are those of the policy
+that sampled, taken in one pass over the same token ids that will be trained on: they are the
+reference of the iteration (`reference: previous`), the near-on-policy filter's input and the
+on-policy report in one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sso_lightning.errors import InputError
+from sso_lightning.policy import fingerprint
+from sso_lightning.principles import Draw, PrincipleSource, Steering, principle_rates
+from sso_lightning.prompts import ChatRenderer, clean_response
+from sso_lightning.records import (
+    CONTEXTS,
+    RESPONSES,
+    Message,
+    PairStore,
+    Query,
+    Record,
+    stream_seed,
+)
+from sso_lightning.sampling import Request, Sample, Sampler
+from sso_lightning.scoring import Tree, response_logps
+
+log = logging.getLogger("sso_lightning")
+
+SAMPLED_FROM = {"good": "good", "bad": "bad", "original": "query"}
+"""Response to the context whose prompt it is sampled from."""
+
+SCORED = (
+    *(("query", response) for response in RESPONSES),
+    *(("good", response) for response in ("good", "bad")),
+    *(("bad", response) for response in RESPONSES),
+)
+"""All sequences that an objective, the near-on-policy filter or the report reads."""
+
+
+def by_context(sequences: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(context, response) sequences as one list of responses per context: one tree each."""
+    grouped: dict[str, list[str]] = {}
+    for context, response in sequences:
+        grouped.setdefault(context, []).append(response)
+    return grouped
+
+
+def trees_of(records: Sequence[Record], sequences: Iterable[tuple[str, str]]) -> list[Tree]:
+    """One tree per record and context, records in order."""
+    grouped = by_context(sequences)
+    return [
+        Tree(record.prompt_ids[context], [record.response_ids[r] for r in responses])
+        for record in records
+        for context, responses in grouped.items()
+    ]
+
+
+def columns_of(
+    values: Tensor, sequences: Iterable[tuple[str, str]]
+) -> dict[tuple[str, str], Tensor]:
+    """Split the flat result for `trees_of` into one `[records]` tensor per sequence."""
+    keys = [(c, r) for c, responses in by_context(sequences).items() for r in responses]
+    table = values.reshape(-1, len(keys))
+    return {key: table[:, i] for i, key in enumerate(keys)}
+
+
+def score(
+    model: Any,
+    records: Sequence[Record],
+    sequences: Sequence[tuple[str, str]],
+    *,
+    who: str,
+    max_tokens: int | None,
+) -> None:
+    """Store summed log-probabilities (nats) as `<who>/<context>/<response>` in each record."""
+    if not records:
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            trees = trees_of(records, sequences)
+            logps, _ = response_logps(model, trees, max_tokens=max_tokens)
+    finally:
+        model.train(was_training)
+    for (context, response), values in columns_of(logps, sequences).items():
+        for record, value in zip(records, values.tolist(), strict=True):
+            record.scores[f"{who}/{context}/{response}"] = value
+
+
+@dataclass
+class PairBuilder:
+    """Builds one set of pairs with one policy.
+
+    Attributes:
+        model: The policy that writes and is scored.
+        renderer: Renders prompts with the policy's own chat template.
+        sampler: Engine that answers prompts.
+        principles: Where the opposed principles come from.
+        seed: Seed of the run; every draw is a function of (seed, iteration, record, purpose).
+        iteration: Which iteration the set belongs to.
+        initial: Context manager that yields the policy before any training, if the reference is
+            the initial policy; None if the reference is the sampling policy itself.
+        max_prompt_tokens: Queries with a longer prompt are dropped and counted, never cut.
+        score_tokens: Token budget of one scoring batch.
+        shard_size: Queries per shard.
+        forward_context: Entered around the policy's forward passes (the trainer's precision).
+        show_progress: Draw a progress bar.
+    """
+
+    model: Any
+    renderer: ChatRenderer
+    sampler: Sampler
+    principles: PrincipleSource
+    seed: int
+    iteration: int
+    initial: Callable[[], AbstractContextManager[Any]] | None = None
+    max_prompt_tokens: int = 4096
+    score_tokens: int = 16384
+    shard_size: int = 256
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    show_progress: bool = True
+    _new_tokens: int = field(default=0, init=False)
+
+    def build(self, queries: Sequence[Query], folder: Path) -> tuple[list[Record], dict[str, Any]]:
+        """Build the set in `folder`, or continue or reread what is already there.
+
+        Args:
+            queries: What to answer, in order.
+            folder: Where the shards and the manifest go.
+
+        Returns:
+            The records kept, and the report (`pairs/...` numbers, see `report`).
+
+        Raises:
+            InputError: The folder holds a set built from other queries or settings, or no
+                record is left.
+        """
+        store = self._open(folder, queries)
+        if not store.complete:
+            self._fill(store, queries)
+        records = store.read()
+        if not records:
+            dropped = {
+                k: v for k, v in store.report.items() if k.startswith("pairs/dropped_") and v
+            }
+            reasons = ", ".join(
+                f"{k.removeprefix('pairs/dropped_')} {v}" for k, v in dropped.items()
+            )
+            raise InputError(
+                f"{folder}: no record is left of {len(queries)} queries after cleaning "
+                f"({reasons or 'no query given'}); look at the sampler and the principles"
+            )
+        return records, store.report
+
+    def _open(self, folder: Path, queries: Sequence[Query]) -> PairStore:
+        asked = {
+            "seed": self.seed,
+            "iteration": self.iteration,
+            "queries": sha256("\n".join(q.id for q in queries).encode()).hexdigest()[:16],
+            "sampler": self.sampler.settings(),
+            "engine": self.sampler.engine,
+            "principles": self.principles.name,
+            "template": self.renderer.template_hash,
+            "shard_size": self.shard_size,
+        }
+        base, adapter = fingerprint(self.model)
+        if (folder / "manifest.json").exists():
+            store = PairStore(folder)
+            # a finished set is read again by a policy that has moved on since (a resumed epoch)
+            if store.complete:
+                wrong = [k for k, v in asked.items() if store.identity.get(k) != v]
+                if wrong:
+                    raise InputError(
+                        f"{folder}: was made with another {wrong[0]}; use another "
+                        "trainer.default_root_dir or set it back"
+                    )
+                return store
+        return PairStore(folder, {**asked, "policy": base, "adapter": adapter})
+
+    def _fill(self, store: PairStore, queries: Sequence[Query]) -> None:
+        """Build the shards that are missing and finish the set."""
+        names = {"policy": store.identity["policy"], "adapter": store.identity["adapter"]}
+        started = time.monotonic()
+        done = store.shards()
+        with _progress(self, len(queries)) as advance:
+            for index, start in enumerate(range(0, len(queries), self.shard_size)):
+                chunk = queries[start : start + self.shard_size]
+                if index in done:
+                    advance(0, len(chunk))
+                    continue
+                records, dropped, counts = self._shard(chunk, names, advance)
+                info = {
+                    "queries": [q.id for q in chunk],
+                    "dropped": dict(dropped),
+                    "counts": dict(counts),
+                }
+                store.write_shard(index, records, info)
+        seconds = time.monotonic() - started
+        infos = [shard.info for shard in store.shards().values()]
+        numbers = report(
+            store.read(),
+            sum((Counter(i["dropped"]) for i in infos), Counter()),
+            sum((Counter(i["counts"]) for i in infos), Counter()),
+        )
+        # not part of the set itself: a set that was continued knows only its last stretch
+        numbers |= {"pairs/seconds": seconds, "pairs/tokens_per_second": self._new_tokens / seconds}
+        store.finish(numbers)
+
+    def _shard(
+        self, queries: Sequence[Query], names: dict[str, str], advance: Callable[[int, int], None]
+    ) -> tuple[list[Record], Counter[str], Counter[str]]:
+        """The whole chain for some queries: records kept, drops by reason, source counts."""
+        draw = Draw(seed=self.seed, iteration=self.iteration, ask=self._ask)
+        with self.forward_context():
+            steerings = self.principles.propose(queries, draw)
+            dropped: Counter[str] = Counter()
+            prompts = [
+                self._prompts(query, steering, dropped)
+                for query, steering in zip(queries, steerings, strict=True)
+            ]
+            answers = self._answers(queries, prompts, advance)
+            records = []
+            for query, steering, prompt, answer in zip(
+                queries, steerings, prompts, answers, strict=True
+            ):
+                if answer:
+                    record = self._record(query, steering, prompt, answer, names)
+                    reason = drop_reason(record)
+                    dropped[reason] += bool(reason)
+                    if not reason:
+                        records.append(record)
+            score(self.model, records, SCORED, who="policy", max_tokens=self.score_tokens)
+            if self.initial:
+                with self.initial() as start:
+                    score(start, records, SCORED, who="reference", max_tokens=self.score_tokens)
+        return records, +dropped, draw.counts
+
+    def _prompts(
+        self, query: Query, steering: Steering, dropped: Counter[str]
+    ) -> dict[str, list[int]]:
+        """Token ids of the three prompts; empty (and counted) if one of them cannot be used."""
+        systems = {"query": None, "good": steering.good_system, "bad": steering.bad_system}
+        try:
+            prompts = {c: self.renderer.render(query.messages, systems[c]) for c in CONTEXTS}
+        except InputError as error:
+            log.warning("query %s (%s): %s", query.id, query.source, error)
+            dropped["render_error"] += 1
+            return {}
+        if max(map(len, prompts.values())) > self.max_prompt_tokens:
+            dropped["prompt_too_long"] += 1
+            return {}
+        return prompts
+
+    def _answers(
+        self,
+        queries: Sequence[Query],
+        prompts: Sequence[dict[str, list[int]]],
+        advance: Callable[[int, int], None],
+    ) -> list[dict[str, Sample]]:
+        """Sample all responses of all queries in one call, so that the engine can batch them."""
+        requests = [
+            Request(
+                f"{i}/{response}",
+                prompt[context],
+                stream_seed(self.seed, self.iteration, query.id, response),
+            )
+            for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
+            if prompt
+            for response, context in SAMPLED_FROM.items()
+        ]
+
+        def progress(new_tokens: int, finished: int) -> None:
+            self._new_tokens += new_tokens
+            advance(new_tokens, 0)
+
+        samples = self.sampler.sample(
+            self.model, requests, stop_ids=self.renderer.stop_ids, progress=progress
+        )
+        by_key = {sample.key: sample for sample in samples}
+        advance(0, len(queries))
+        return [
+            {r: by_key[f"{i}/{r}"] for r in SAMPLED_FROM} if prompt else {}
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _record(
+        self,
+        query: Query,
+        steering: Steering,
+        prompts: dict[str, list[int]],
+        answers: dict[str, Sample],
+        names: dict[str, str],
+    ) -> Record:
+        texts, ids = {}, {}
+        for response, sample in answers.items():
+            raw = self.renderer.decode(sample.ids)
+            texts[response] = clean_response(raw, steering.adjectives)
+            # the sampler's own ids, unless a leaked heading had to go
+            ids[response] = sample.ids
+            if texts[response] != raw:
+                anew = self.renderer.encode_response(texts[response])
+                ids[response] = anew if sample.finish == "stop" else anew[:-1]
+        return Record(
+            id=query.id,
+            messages=query.messages,
+            features=list(steering.features),
+            good_principle=steering.good_principle,
+            bad_principle=steering.bad_principle,
+            good_system=steering.good_system,
+            bad_system=steering.bad_system,
+            **texts,
+            prompt_ids=prompts,
+            response_ids=ids,
+            finish={response: sample.finish for response, sample in answers.items()},
+            iteration=self.iteration,
+            seed=self.seed,
+            sampler=self.sampler.settings(),
+            engine=self.sampler.engine,
+            template=self.renderer.template_hash,
+            query_source=query.source,
+            principle_source=self.principles.name,
+            safety_mode=self.principles.safety_mode,
+            bad_is_instructed=True,
+            **names,
+        )
+
+    def _ask(self, asked: Sequence[tuple[str, list[Message]]], max_new_tokens: int) -> list[str]:
+        """The policy's answers to plain questions of a principle source, keyed for their seeds."""
+        requests = [
+            Request(
+                key,
+                self.renderer.render(messages),
+                stream_seed(self.seed, self.iteration, "ask", key),
+                max_new_tokens,
+            )
+            for key, messages in asked
+        ]
+        samples = self.sampler.sample(self.model, requests, stop_ids=self.renderer.stop_ids)
+        return [self.renderer.decode(sample.ids) for sample in samples]
+
+
+def drop_reason(record: Record) -> str:
+    """Why a record cannot be trained on, or "" if it can."""
+    texts = {name: getattr(record, name) for name in RESPONSES}
+    for name, text in texts.items():
+        if not text:
+            return f"empty_{name}"
+    for one, other in (("good", "bad"), ("good", "original"), ("bad", "original")):
+        if texts[one] == texts[other]:
+            return f"{one}_equals_{other}"
+    return ""
+
+
+def report(
+    records: Sequence[Record], dropped: Counter[str], counts: Counter[str]
+) -> dict[str, float]:
+    """The quality of a set in `pairs/...` numbers.
+
+    * `kept`, `dropped`, `dropped_<reason>`: records.
+    * `on_policy_<response>`: mean of exp(avg(y|x)), the geometric-mean token probability.
+    * `gap_logp`: mean of avg(y+|x) - avg(y-|x), nats per token.
+    * `contrast_good`, `contrast_bad`: mean of avg(y+|x+) - avg(y+|x-) and of
+      avg(y-|x-) - avg(y-|x+), nats per token: how much the principles still matter.
+    * `length_<response>`, `truncated_<response>`: mean tokens, share cut by the length limit.
+    * `feature_fill_rate`, `principle_fallback_rate`: see `principles.principle_rates`.
+    """
+    numbers: dict[str, float] = {"pairs/kept": len(records), "pairs/dropped": sum(dropped.values())}
+    numbers |= {f"pairs/dropped_{reason}": n for reason, n in sorted(dropped.items())}
+    numbers |= principle_rates(counts)
+    if not records:
+        return numbers
+
+    def mean(value: Callable[[Record], float]) -> float:
+        return fmean(map(value, records))
+
+    def average(record: Record, context: str, response: str) -> float:
+        total = record.scores[f"policy/{context}/{response}"]
+        return total / len(record.response_ids[response])
+
+    def gap(a: tuple[str, str], b: tuple[str, str]) -> float:
+        return mean(lambda r: average(r, *a) - average(r, *b))
+
+    for name in RESPONSES:
+        numbers[f"pairs/length_{name}"] = mean(lambda r: len(r.response_ids[name]))  # noqa: B023
+        numbers[f"pairs/truncated_{name}"] = mean(lambda r: r.finish[name] == "length")  # noqa: B023
+        numbers[f"pairs/on_policy_{name}"] = mean(
+            lambda r: math.exp(average(r, "query", name))  # noqa: B023
+        )
+    numbers["pairs/gap_logp"] = gap(("query", "good"), ("query", "bad"))
+    numbers["pairs/contrast_good"] = gap(("good", "good"), ("bad", "good"))
+    numbers["pairs/contrast_bad"] = gap(("bad", "bad"), ("good", "bad"))
+    return numbers
+
+
+@contextmanager
+def _progress(builder: PairBuilder, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield `advance(new_tokens, queries)`, which draws a bar with tokens per second on a TTY."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("pairs of iteration {task.fields[iteration]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("queries"),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not (builder.show_progress and console.is_terminal),
+    )
+    started, tokens = time.monotonic(), 0
+    task = bar.add_task("", total=total, iteration=builder.iteration, rate=0.0)
+
+    def advance(new_tokens: int, queries: int) -> None:
+        nonlocal tokens
+        tokens += new_tokens
+        rate = tokens / max(time.monotonic() - started, 1e-9)
+        bar.update(task, advance=queries, rate=rate)
+
+    with bar:
+        yield advance

@@ -1,0 +1,320 @@
+"""The policy: load it, adapt it, quantise it, fingerprint it, save it.
+
+One set of weights serves every role. The reference is never a second resident copy: its
+log-probabilities are stored once per iteration by the scoring pass (see `pairs`). Where the
+reference is the previous iteration, that pass runs the policy itself before it moves; where it
+is the initial policy, LoRA switches the adapter off, and full fine-tuning loads the starting
+weights for the length of the pass and frees them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sso_lightning.errors import InputError
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a frozen base.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: Dropout on the adapter's input while training.
+        target_modules: Module names to adapt, or "all-linear" (every linear layer but the head).
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class PolicyConfig:
+    """Which model is trained, and how it is held in memory.
+
+    Attributes:
+        path: Folder or hub name of a causal language model with a chat template.
+        adapter: Folder of a PEFT adapter that is merged into the base before training.
+        lora: Train LoRA adapters instead of all weights.
+        quantize: Load the frozen base in 4 bit (NF4) or 8 bit with bitsandbytes; needs lora.
+        dtype: Type of the weights; "auto" takes what the checkpoint was saved in.
+        attention: Attention implementation of transformers; None lets it choose.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that comes with the model. Off by default.
+        chat_template: File of a Jinja chat template that replaces the tokenizer's own.
+        system_role: How principles enter the prompt: in the system role, folded into the last
+            user turn, or "auto" to probe the template.
+        template_kwargs: Further variables for the chat template, e.g. {enable_thinking: false}.
+    """
+
+    path: str
+    adapter: str | None = None
+    lora: LoRA | None = None
+    quantize: Literal["4bit", "8bit"] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    system_role: Literal["auto", "system", "fold"] = "auto"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise one InputError that names every setting which contradicts another."""
+        problems = []
+        if self.quantize and not self.lora:
+            problems.append(
+                "policy.quantize needs policy.lora (a quantised base cannot be trained)"
+            )
+        if self.quantize and self.adapter:
+            problems.append("policy.adapter cannot be merged into a quantised base; merge it first")
+        if self.lora and self.lora.r < 1:
+            problems.append(f"policy.lora.r must be at least 1, got {self.lora.r}")
+        if self.chat_template and not Path(self.chat_template).is_file():
+            problems.append(f"policy.chat_template: no file {self.chat_template}")
+        if _looks_local(self.path) and not Path(self.path).is_dir():
+            problems.append(f"policy.path: no folder {self.path}")
+        if problems:
+            raise InputError("; ".join(problems))
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path can only mean a folder: hub names are `name` or `owner/name`."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+
+
+def _from_hub(what: str, path: str, load: Any) -> Any:
+    """Call a transformers loader; a path that cannot be loaded becomes one clear line."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"policy.path: cannot load the {what} of {path}: {reason}") from error
+
+
+def load_tokenizer(config: PolicyConfig) -> Any:
+    """The tokenizer of the policy, with the chat template of the settings."""
+    from transformers import AutoTokenizer
+
+    config.check()
+    tokenizer = _from_hub(
+        "tokenizer",
+        config.path,
+        lambda: AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        ),
+    )
+    if config.chat_template:
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(config: PolicyConfig, *, trainable: bool = True) -> Any:
+    """The policy's model: base, merged adapter, quantisation and fresh LoRA as configured.
+
+    Args:
+        config: What to load.
+        trainable: False loads the starting weights only, frozen and without LoRA.
+
+    Returns:
+        A transformers causal language model, PEFT-wrapped if `config.lora` is set.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config.check()
+    options: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+    }
+    if config.attention:
+        options["attn_implementation"] = config.attention
+    if config.quantize:
+        options["quantization_config"] = _quantization(config)
+    model = _from_hub(
+        "model", config.path, lambda: AutoModelForCausalLM.from_pretrained(config.path, **options)
+    )
+    if config.adapter:
+        from peft import PeftModel
+
+        merged = _from_hub(
+            "adapter", config.adapter, lambda: PeftModel.from_pretrained(model, config.adapter)
+        )
+        model = merged.merge_and_unload()
+    if not trainable:
+        return model.requires_grad_(False).eval()
+    if config.lora:
+        model = _add_lora(model, config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.config.use_cache = False
+    return model
+
+
+def _quantization(config: PolicyConfig) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if config.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _add_lora(model: Any, lora: LoRA) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"policy.lora.target_modules: {' '.join(str(error).split())}") from error
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether the model carries PEFT adapters."""
+    return hasattr(model, "peft_config")
+
+
+@contextmanager
+def initial_policy(model: Any, config: PolicyConfig) -> Iterator[Any]:
+    """The policy as it was before any training, for the length of the block.
+
+    With LoRA this is the same object with its adapter off; otherwise the starting weights are
+    loaded from `config.path` onto the model's device and freed at the end.
+    """
+    if is_peft(model):
+        with model.disable_adapter():
+            yield model
+        return
+    first = next(model.parameters())
+    yield load_model(config, trainable=False).to(device=first.device, dtype=first.dtype)
+
+
+def fingerprint(model: nn.Module) -> tuple[str, str]:
+    """Short hashes of the base's and the adapter's weights ("" without an adapter).
+
+    Read from every tensor's name, shape and up to 4096 evenly spaced values: a training step
+    changes it, moving to another device does not.
+    """
+    base, adapter = hashlib.sha256(), hashlib.sha256()
+    found_adapter = False
+    for name, value in sorted(model.state_dict().items()):
+        digest = adapter if "lora_" in name else base
+        found_adapter |= digest is adapter
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu")
+        if sample.is_floating_point():
+            sample = sample.float()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+    return base.hexdigest()[:16], adapter.hexdigest()[:16] if found_adapter else ""
+
+
+def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -> None:
+    """Write a Hugging Face folder: weights or adapter, tokenizer and chat template.
+
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer, saved with its chat template.
+        out: Folder to write. It appears whole or not at all.
+        merge: Fold LoRA adapters into the base, so that `AutoModelForCausalLM` alone loads it.
+            The model in memory is left as it was.
+    """
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    if merge and is_peft(model):
+        # merge_and_unload would consume the model that may still be in training
+        model.merge_adapter()
+        try:
+            _save_merged(model, partial)
+        finally:
+            model.unmerge_adapter()
+    else:
+        model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    _remove(out)
+    partial.rename(out)
+
+
+def _save_merged(model: Any, out: Path) -> None:
+    base = model.get_base_model()
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in base.state_dict().items()
+        if "lora_" not in name
+    }
+    base.save_pretrained(out, state_dict=state)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def export_checkpoint(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
+    """Turn a training checkpoint into a Hugging Face folder.
+
+    Args:
+        checkpoint: A `.ckpt` file of a run.
+        out: Folder to write; must not exist yet.
+        merge: Fold LoRA adapters into the base.
+
+    Raises:
+        InputError: If the file is missing, is not a checkpoint of this library, or `out` exists.
+    """
+    import pickle
+
+    if not checkpoint.is_file():
+        raise InputError(f"no checkpoint {checkpoint}")
+    if out.exists():
+        raise InputError(f"{out} exists already; choose another folder")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        settings, state = content["policy"], content["state_dict"]
+    except (
+        RuntimeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise InputError(f"{checkpoint} is damaged or not a checkpoint of this library") from error
+    lora = settings.pop("lora")
+    config = PolicyConfig(**settings, lora=LoRA(**lora) if lora else None)
+    model = load_model(config)
+    own = {name.removeprefix("policy."): value for name, value in state.items()}
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
+    _, unexpected = model.load_state_dict(own, strict=False)
+    if unexpected or not expected <= own.keys():
+        raise InputError(f"{checkpoint} does not fit the model at {config.path}")
+    save_policy(model, load_tokenizer(config), out, merge=merge)

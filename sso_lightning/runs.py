@@ -1,0 +1,145 @@
+"""The folder of a run: who may write into it, its metrics.csv and its config.yaml."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from sso_lightning.errors import InputError
+
+OUTPUTS = ("metrics.csv", "pairs", "checkpoints", "export", "config.yaml")
+"""What `fit` writes, and what overwriting removes."""
+
+
+def claim_run_folder(root: Path, *, overwrite: bool = False) -> None:
+    """Make sure that a new run does not write into another run's folder.
+
+    Args:
+        root: `trainer.default_root_dir`.
+        overwrite: Remove the outputs of an earlier run.
+
+    Raises:
+        InputError: If `root` holds a run that is not to be overwritten.
+    """
+    found = [root / name for name in OUTPUTS if (root / name).exists()]
+    if not found:
+        return
+    if not overwrite:
+        raise InputError(
+            f"{root} already holds a run ({found[0].name}); continue it with --ckpt_path last, "
+            "remove it with --overwrite true, or choose another --trainer.default_root_dir"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class RunLogger(Logger):
+    """Writes metrics.csv into the run folder: one row per call, one column per metric.
+
+    Unlike Lightning's CSV logger it continues the file of a resumed run instead of deleting it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Set the logger up.
+
+        Args:
+            folder: The run folder.
+        """
+        super().__init__()
+        self.folder = Path(folder)
+        self._columns: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+        self._written = 0
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def version(self) -> str:
+        """Always empty: a run folder is one run."""
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self.folder)
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.folder)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> RunLogger:
+        """The logger itself."""
+        return self
+
+    @rank_zero_only
+    def continue_from(self, step: int) -> None:
+        """Take over the rows that an earlier part of the run wrote before `step`."""
+        path = self.folder / "metrics.csv"
+        if not path.is_file():
+            return
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        self._rows = [row for row in rows if int(row.get("step") or 0) < step] + self._rows
+        self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        self._written = 0
+
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: config.yaml holds the settings."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Add a row."""
+        row = {"step": step} | {key: _number(value) for key, value in metrics.items()}
+        new = [key for key in row if key not in self._columns]
+        self._rows.append(row)
+        if new:
+            self._columns += new
+            self._written = 0  # the header changes: write the file anew
+        self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring the file up to date."""
+        path = self.folder / "metrics.csv"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = self._written == 0
+        target = path.with_name(".metrics.csv.tmp") if fresh else path
+        with target.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            if fresh:
+                writer.writeheader()
+            writer.writerows(self._rows[self._written :])
+        if fresh:
+            target.replace(path)
+        self._written = len(self._rows)
+
+
+def _number(value: Any) -> Any:
+    number = float(value)
+    return int(number) if math.isfinite(number) and number.is_integer() else number
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder when a fit starts; a resumed run keeps its first."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save the settings of a fit."""
+        if stage == "fit" and not (Path(trainer.default_root_dir) / self.config_filename).exists():
+            super().setup(trainer, pl_module, stage)

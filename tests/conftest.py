@@ -1,0 +1,117 @@
+"""Tiny random models and tokenizers made on the spot: no test touches a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+TEXT = [
+    "The quick brown fox jumps over the lazy dog while seven wizards brew a potion.",
+    "Name three birds for a poem. Give me a good answer, a bad answer and a plain one.",
+]
+
+
+def tiny_tokenizer(template: str = CHATML, bos: str | None = None, eos: str = "<|im_end|>"):
+    """A byte-level BPE tokenizer of 400 tokens with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"]
+    special += ["<|eot_id|>", "<|begin|>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    inner.train_from_iterator(TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=eos, pad_token="<pad>", bos_token=bos
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_config(architecture: str = "qwen2", **changes):
+    """A config of a real architecture, a few thousand parameters large."""
+    from transformers import AutoConfig
+
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    return AutoConfig.for_model(architecture, **settings)
+
+
+def save_tiny(folder: Path, architecture: str = "qwen2", template: str = CHATML, **changes) -> Path:
+    """A model folder as `from_pretrained` reads it."""
+    from transformers import AutoModelForCausalLM
+
+    bos, eos = ("<|begin|>", "<|eot_id|>") if template is LLAMA3 else (None, "<|im_end|>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes))
+    model.save_pretrained(folder)
+    tiny_tokenizer(template, bos, eos).save_pretrained(folder)
+    return folder
+
+
+def write_queries(path: Path, count: int) -> Path:
+    """A query file of `count` lines."""
+    rows = [
+        {"id": f"q{i}", "messages": [{"role": "user", "content": f"Name {i} birds for a poem."}]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Qwen2 model with a ChatML tokenizer."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def sso(capsys):
+    """Run the command line in this process: `status, stdout, stderr = sso("fit", ...)`."""
+    from sso_lightning.__main__ import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
