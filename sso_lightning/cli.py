@@ -11,8 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from sso_lightning.callbacks import Checkpoints, ExportPolicy, RegeneratePairs, RunState
 from sso_lightning.data import SSODataModule

@@ -308,7 +308,8 @@ class PairBuilder:
         answers: dict[str, Sample],
         names: dict[str, str],
     ) -> Record:
-        texts, ids = {}, {}
+        texts: dict[str, Any] = {}
+        ids: dict[str, list[int]] = {}
         for response, sample in answers.items():
             raw = self.renderer.decode(sample.ids)
             texts[response] = clean_response(raw, steering.adjectives)
@@ -338,7 +339,8 @@ class PairBuilder:
             principle_source=self.principles.name,
             safety_mode=self.principles.safety_mode,
             bad_is_instructed=True,
-            **names,
+            policy=names["policy"],
+            adapter=names["adapter"],
         )
 
     def _ask(self, asked: Sequence[tuple[str, list[Message]]], max_new_tokens: int) -> list[str]:
