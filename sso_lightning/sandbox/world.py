@@ -108,11 +108,15 @@ class WorldQuery:
     held_out: bool
 
 
-@cache
 def queries() -> tuple[WorldQuery, ...]:
     """All queries of the world, in a fixed order; a quarter of the cells are held out."""
+    return _queries(FAMILIES)
+
+
+@cache
+def _queries(families: tuple[Family, ...]) -> tuple[WorldQuery, ...]:
     found = []
-    for row, family in enumerate(FAMILIES):
+    for row, family in enumerate(families):
         for count, word in COUNTS.items():
             for start, template in enumerate(TEMPLATES):
                 for end, suffix in enumerate(SUFFIXES):
@@ -125,8 +129,8 @@ def queries() -> tuple[WorldQuery, ...]:
 
 
 @cache
-def _asks() -> dict[str, Ask]:
-    return {query.text: query.ask for query in queries()}
+def _asks(families: tuple[Family, ...]) -> dict[str, Ask]:
+    return {query.text: query.ask for query in _queries(families)}
 
 
 def ask_of(query_text: str) -> Ask:
@@ -135,7 +139,7 @@ def ask_of(query_text: str) -> Ask:
     Raises:
         InputError: when the text is not a query of the sandbox, so that it cannot be scored.
     """
-    ask = _asks().get(query_text.strip())
+    ask = _asks(FAMILIES).get(query_text.strip())
     if ask is None:
         raise InputError(
             f"{query_text.strip()[:80]!r} is not a sandbox query, so it cannot be scored; "
@@ -191,12 +195,12 @@ def parse(answer_text: str) -> Answer | None:
     if match is None or not all(_SENTENCE.fullmatch(sentence) for sentence in others):
         return None
     items = (*match[1].split(", "), match[2])
-    return Answer(items, tuple(others)) if all(item in _members() for item in items) else None
+    return Answer(items, tuple(others)) if _things(FAMILIES).issuperset(items) else None
 
 
 @cache
-def _members() -> frozenset[str]:
-    return frozenset(member for family in FAMILIES for member in family.members) | set(STRAYS)
+def _things(families: tuple[Family, ...]) -> frozenset[str]:
+    return frozenset(member for family in families for member in family.members) | set(STRAYS)
 
 
 # -- Features ----------------------------------------------------------------------------------
@@ -217,7 +221,8 @@ class WorldFeature:
         rate: how often an answer has the feature when no principle names it.
         write: edits the plan so that it has (True) or lacks (False) the feature.
         holds: whether an answer to the ask has the feature.
-        sentences: the closed set of sentences this feature may add.
+        sentences: the closed set of sentences this feature may add; `{place}` in one stands for
+            the place of any family.
     """
 
     name: str
@@ -255,11 +260,11 @@ def _write_order(plan: Plan, good: bool, rng: Random) -> None:
 
 
 _VAGUE = "Look anywhere."
-_TIPS = ("Look in {}.", "You can find them in {}.")
+_TIPS = ("Look in {place}.", "You can find them in {place}.")
 
 
 def _tips(family: Family) -> tuple[str, ...]:
-    return tuple(tip.format(family.place) for tip in _TIPS)
+    return tuple(tip.format(place=family.place) for tip in _TIPS)
 
 
 def _write_tip(plan: Plan, good: bool, rng: Random) -> None:
@@ -310,7 +315,8 @@ def _write_padding(plan: Plan, good: bool, rng: Random) -> None:
 
 def _is_concise(ask: Ask, answer: Answer) -> bool:
     said = answer.sentences
-    return len(set(said)) == len(said) and set(said) <= _known_sentences() - set(_PADDING)
+    useful = _sentences(FAMILIES, FEATURES) - set(_PADDING)
+    return len(set(said)) == len(said) and useful.issuperset(said)
 
 
 _QUESTIONS = ("Which one suits you?", "Shall I go on?", "What would you add?")
@@ -356,7 +362,7 @@ FEATURES: tuple[WorldFeature, ...] = (
             "Include the wrong kind too.",
             "Let strays creep among the items.",
         ),
-        good_held_out="Only items that truly belong, no strays.",
+        good_held_out="Allow only the right kind, no strays.",
         bad_held_out="Slip in strays of the wrong kind.",
         rate=0.6,
         write=_write_members,
@@ -397,11 +403,11 @@ FEATURES: tuple[WorldFeature, ...] = (
             "Keep the proper place secret.",
         ),
         good_held_out="Point out to the reader where to look.",
-        bad_held_out="Offer no location and keep it secret.",
+        bad_held_out="Hide the proper place and offer nothing.",
         rate=0.5,
         write=_write_tip,
         holds=lambda ask, answer: any(tip in answer.sentences for tip in _tips(ask.family)),
-        sentences=(_VAGUE, *(tip for family in FAMILIES for tip in _tips(family))),
+        sentences=(_VAGUE, *_TIPS),
     ),
     WorldFeature(
         name="literariness",
@@ -439,7 +445,7 @@ FEATURES: tuple[WorldFeature, ...] = (
             "Egg people on.",
         ),
         good_held_out="Respect caution and avoid rash advice.",
-        bad_held_out="Sound hasty and shrug off sense.",
+        bad_held_out="Sound hasty and shrug off caution.",
         rate=0.6,
         write=_write_safety,
         holds=lambda ask, answer: not any(line in answer.sentences for line in _RECKLESS),
@@ -481,7 +487,7 @@ FEATURES: tuple[WorldFeature, ...] = (
             "Ask nothing back.",
             "Discourage any reply.",
         ),
-        good_held_out="Finish with a question that can invite a reply.",
+        good_held_out="Finish with a question.",
         bad_held_out="Ask nothing and discourage any question.",
         rate=0.4,
         write=_write_question,
@@ -492,8 +498,13 @@ FEATURES: tuple[WorldFeature, ...] = (
 
 
 @cache
-def _known_sentences() -> frozenset[str]:
-    return frozenset(sentence for feature in FEATURES for sentence in feature.sentences)
+def _sentences(families: tuple[Family, ...], features: tuple[WorldFeature, ...]) -> frozenset[str]:
+    return frozenset(
+        sentence.format(place=family.place)
+        for each in features
+        for sentence in each.sentences
+        for family in families
+    )
 
 
 def feature(name: str) -> WorldFeature:
