@@ -9,11 +9,12 @@ on-policy report in one.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -29,7 +30,6 @@ from sso_lightning.policy import fingerprint
 from sso_lightning.principles import Draw, PrincipleSource, Steering, principle_rates
 from sso_lightning.prompts import ChatRenderer, clean_response
 from sso_lightning.records import (
-    CONTEXTS,
     RESPONSES,
     Message,
     PairStore,
@@ -173,11 +173,13 @@ class PairBuilder:
         asked = {
             "seed": self.seed,
             "iteration": self.iteration,
-            "queries": sha256("\n".join(q.id for q in queries).encode()).hexdigest()[:16],
+            "queries": _digest([[q.id, q.messages] for q in queries]),
             "sampler": self.sampler.settings(),
             "engine": self.sampler.engine,
-            "principles": self.principles.name,
+            "principles": f"{self.principles.name} {_digest(self.principles.settings())}",
             "template": self.renderer.template_hash,
+            "reference": "initial" if self.initial else "previous",
+            "max_prompt_tokens": self.max_prompt_tokens,
             "shard_size": self.shard_size,
         }
         base, adapter = fingerprint(self.model)
@@ -228,11 +230,15 @@ class PairBuilder:
     ) -> tuple[list[Record], Counter[str], Counter[str]]:
         """The whole chain for some queries: records kept, drops by reason, source counts."""
         draw = Draw(seed=self.seed, iteration=self.iteration, ask=self._ask)
+        dropped: Counter[str] = Counter()
+        total = len(queries)
+        # a source may ask the policy about every query: those that cannot be used go first
+        queries = [q for q in queries if self._prompts(q, {"query": None}, dropped)]
+        advance(0, total - len(queries))
         with self.forward_context():
             steerings = self.principles.propose(queries, draw)
-            dropped: Counter[str] = Counter()
             prompts = [
-                self._prompts(query, steering, dropped)
+                self._prompts(query, steering.systems, dropped)
                 for query, steering in zip(queries, steerings, strict=True)
             ]
             answers = self._answers(queries, prompts, advance)
@@ -253,12 +259,11 @@ class PairBuilder:
         return records, +dropped, draw.counts
 
     def _prompts(
-        self, query: Query, steering: Steering, dropped: Counter[str]
+        self, query: Query, systems: Mapping[str, str | None], dropped: Counter[str]
     ) -> dict[str, list[int]]:
-        """Token ids of the three prompts; empty (and counted) if one of them cannot be used."""
-        systems = {"query": None, "good": steering.good_system, "bad": steering.bad_system}
+        """Token ids of the prompts by context; empty (and counted) if one cannot be used."""
         try:
-            prompts = {c: self.renderer.render(query.messages, systems[c]) for c in CONTEXTS}
+            prompts = {c: self.renderer.render(query.messages, s) for c, s in systems.items()}
         except InputError as error:
             log.warning("query %s (%s): %s", query.id, query.source, error)
             dropped["render_error"] += 1
@@ -356,6 +361,10 @@ class PairBuilder:
         ]
         samples = self.sampler.sample(self.model, requests, stop_ids=self.renderer.stop_ids)
         return [self.renderer.decode(sample.ids) for sample in samples]
+
+
+def _digest(value: object) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def drop_reason(record: Record) -> str:

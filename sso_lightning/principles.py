@@ -14,9 +14,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from random import Random
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sso_lightning.errors import InputError
 from sso_lightning.records import Message, Query, stream_seed
@@ -173,6 +173,11 @@ class Steering:
     good_system: str
     bad_system: str
     adjectives: tuple[str, ...] = ()
+
+    @property
+    def systems(self) -> dict[str, str | None]:
+        """Context to what its prompt is steered by."""
+        return {"query": None, "good": self.good_system, "bad": self.bad_system}
 
 
 @dataclass
@@ -331,6 +336,10 @@ class PrincipleSource(ABC):
     name: ClassVar[str]
     safety_mode: str
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the principles, as JSON values: a set that was begun is not mixed."""
+        return {"safety_mode": self.safety_mode}
+
     @abstractmethod
     def propose(self, queries: Sequence[Query], draw: Draw) -> list[Steering]:
         """Propose principles.
@@ -413,6 +422,16 @@ class PredefinedPrinciples(PrincipleSource):
                 "bad_is_instructed and must not be used as plain training data",
                 stacklevel=2,
             )
+
+    def settings(self) -> dict[str, Any]:
+        """See `PrincipleSource.settings`."""
+        return {
+            "features": [asdict(feature) for feature in self.features],
+            "count": self.count,
+            "pick": self.pick,
+            "concision": self.concision,
+            "safety_mode": self.safety_mode,
+        }
 
     def propose(self, queries: Sequence[Query], draw: Draw) -> list[Steering]:
         """See `PrincipleSource.propose`."""
