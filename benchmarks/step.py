@@ -231,10 +231,11 @@ def plain(case: Case, settings: Settings, reference: str) -> Callable[[], Any]:
             scored[row, len(prompt) : total] = 1
         batches.append([t.to(settings.device) for t in (ids, mask, scored)])
 
-    def contrast(scorer: Any) -> ContrastLogps:
+    def contrast(scorer: Any, kept: list[Any]) -> ContrastLogps:
         logps, lengths = {}, {}
         for (context, *names), (ids, mask, scored) in zip(PAIRS, batches, strict=True):
             logits = scorer(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+            kept.append(logits)
             taken = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
             sums = (taken * scored[:, 1:]).sum(-1)
             for name, part, count in zip(
@@ -245,8 +246,10 @@ def plain(case: Case, settings: Settings, reference: str) -> Callable[[], Any]:
 
     def step() -> Any:
         with torch.no_grad():
-            scores = contrast(frozen)
-        loss, _ = objective(contrast(model), scores)
+            scores = contrast(frozen, [])
+        kept: list[Any] = []  # for their logged means, until the loss is there
+        loss, _ = objective(contrast(model, kept), scores)
+        del kept
         loss.backward()
         return model
 

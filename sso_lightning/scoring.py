@@ -22,13 +22,17 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -364,7 +368,7 @@ def _tree_pass(decoder: Any, row: _Row) -> Iterator[None]:
         ):
             stack.callback(hook.remove)
         for layer in decoder.layers:
-            if layer.gradient_checkpointing:
+            if layer.gradient_checkpointing and layer is not last:
                 stack.enter_context(
                     _attribute(
                         layer,
@@ -372,9 +376,30 @@ def _tree_pass(decoder: Any, row: _Row) -> Iterator[None]:
                         again(layer._gradient_checkpointing_func),
                     )
                 )
+            elif torch.is_grad_enabled() and all(
+                p.is_floating_point() for p in layer.mlp.parameters()
+            ):
+                lean = partial(
+                    checkpoint, layer.mlp.forward, use_reentrant=False, context_fn=_lean_contexts
+                )
+                stack.enter_context(_attribute(layer.mlp, "forward", lean))
         # The hooks above are gone when a checkpoint would run the last layer again.
         stack.enter_context(_attribute(last, "gradient_checkpointing", False))
         yield
+
+
+def _lean_contexts() -> Any:
+    """Keep an MLP's matrix products for the backward pass, and make the rest anew.
+
+    The activation and its product with the gate are cheap to repeat and half of what an MLP holds.
+    """
+    products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op in products
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return cast(Any, create_selective_checkpoint_contexts)(policy)
 
 
 @contextmanager
