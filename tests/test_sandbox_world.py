@@ -117,6 +117,15 @@ def test_features_that_are_not_named_are_drawn_at_their_rates() -> None:
         assert count / total == pytest.approx(world.feature(name).rate, abs=0.032)
 
 
+@pytest.mark.parametrize(("shift", "others"), [(1.0, 1.0), (-1.0, 0.0)])
+def test_a_shift_moves_only_features_that_are_not_named(shift: float, others: float) -> None:
+    rng, ask = Random(4), world.ask_of(QUERY)
+    named = {"accuracy": True, "safety": False}
+    for _ in range(50):
+        text = world.render(world.plan_answer(ask, named, rng, shift=shift))
+        assert world.score(QUERY, text) == dict.fromkeys(NAMES, others) | named
+
+
 def test_queries_are_1728_and_a_quarter_of_the_cells_is_held_out() -> None:
     queries = world.queries()
     assert len(queries) == 1728

@@ -7,6 +7,7 @@ without any. Its size and schedule were chosen so that one CPU core builds it wi
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging as hf_logging
 
 from sso_lightning.errors import InputError
 from sso_lightning.sandbox import world
@@ -30,7 +32,7 @@ from sso_lightning.version import __version__
 
 __all__ = ["MARKER", "STEPS", "is_sandbox", "make_sandbox", "make_tokenizer"]
 
-STEPS = 1100
+STEPS = 900
 BATCH = 16
 LEARNING_RATE = 5e-3
 # transformers' 0.02 is meant for wide models; at width 64 it wastes the first third of the steps
@@ -39,6 +41,8 @@ WARMUP = 0.05
 VOCABULARY = 1280
 # how many principles a system message carries, 0 for no system message, and how often
 PRINCIPLE_COUNTS = {0: 0.30, 1: 0.14, 2: 0.14, 3: 0.14, 4: 0.14, 6: 0.14}
+# how far principles of one side also move the features they do not name, as they do in large models
+HALO = 0.05
 MARKER = "sandbox.json"
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -65,7 +69,9 @@ def make_examples(queries: list[world.WorldQuery], rng: Random) -> Iterator[Exam
         query, good = rng.choice(queries), rng.random() < 0.5
         (size,) = rng.choices(sizes, weights)
         named = rng.sample(world.FEATURES, size)
-        plan = world.plan_answer(query.ask, {each.name: good for each in named}, rng)
+        halo = (HALO if good else -HALO) if named else 0.0
+        wanted = {each.name: good for each in named}
+        plan = world.plan_answer(query.ask, wanted, rng, shift=halo)
         prompt = f"{START}user\n{query.text}{END}\n{START}assistant\n"
         if named:
             system = world.system_message([world.worded(each, good, rng) for each in named])
@@ -102,7 +108,7 @@ def _make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=64,
-            intermediate_size=192,
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -228,6 +234,18 @@ def is_sandbox(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+@contextmanager
+def _no_transformers_bars() -> Iterator[None]:
+    """Saving a file of half a megabyte needs no progress bar."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def _fill(folder: Path, seed: int, steps: int, progress: Progress) -> None:
     """Write all files of a sandbox into a new folder, the marker last."""
     rng = Random(seed)
@@ -237,7 +255,8 @@ def _fill(folder: Path, seed: int, steps: int, progress: Progress) -> None:
     tokenizer = make_tokenizer(text.prompt + text.answer for text in islice(examples, 4000))
     model = _make_model(tokenizer)
     _train(model, _batches(tokenizer, examples, steps, rng), steps, progress)
-    model.save_pretrained(folder / "model")
+    with _no_transformers_bars():
+        model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, queries in {"train": train, "validation": validation}.items():
         # shuffled, so that the first lines of a file are a fair sample of it

@@ -211,14 +211,9 @@ class EnsureSandbox(Callback):
         self.folder = Path(folder)
         self.seed = seed
 
-    def prepare(self) -> None:
-        """Build the sandbox if it is missing; call it in one process only."""
-        if not is_sandbox(self.folder):
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Build on process 0 while the others wait."""
+        if trainer.is_global_zero and not is_sandbox(self.folder):
             log.info("no sandbox in %s yet: building it, which takes minutes", self.folder)
             make_sandbox(self.folder, seed=self.seed)
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepare on process 0 while the others wait."""
-        if trainer.is_global_zero:
-            self.prepare()
         trainer.strategy.barrier("sandbox")

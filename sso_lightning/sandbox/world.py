@@ -523,7 +523,7 @@ def feature(name: str) -> WorldFeature:
 # -- Writing and scoring -----------------------------------------------------------------------
 
 
-def plan_answer(ask: Ask, wanted: Mapping[str, bool], rng: Random) -> Plan:
+def plan_answer(ask: Ask, wanted: Mapping[str, bool], rng: Random, *, shift: float = 0.0) -> Plan:
     """Compose an answer that has exactly the wanted features.
 
     Args:
@@ -531,10 +531,11 @@ def plan_answer(ask: Ask, wanted: Mapping[str, bool], rng: Random) -> Plan:
         wanted: feature name to whether the answer shall have it; a feature that is not named is
             drawn at its own rate.
         rng: the only source of randomness.
+        shift: added to the rates of features that are not named.
     """
     plan = Plan(ask, opener=rng.choice(OPENERS))
     for each in FEATURES:
-        chance = rng.random() < each.rate
+        chance = rng.random() < each.rate + shift
         each.write(plan, wanted.get(each.name, chance), rng)
     return plan
 
