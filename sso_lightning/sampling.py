@@ -1,4 +1,12 @@
-"""Draw responses from a policy: what a sampler is, and the built-in one."""
+"""Draw responses from a policy: what a sampler is, and the built-in one.
+
+The built-in sampler keeps a fixed number of slots. Waiting requests are prefilled together in one
+flat row, a prompt that several of them share once; their keys and values go straight into the
+slots, which were allocated before. Every step then decodes one token for all living slots. When an
+answer ends, the last slot moves into its place and a waiting request is let in, so that no step is
+spent on a finished row. Like the scoring pass it plugs into transformers through the registries of
+attention and mask functions; other architectures run with transformers' own cache.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +15,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sso_lightning.errors import InputError
+
+SLOT_ARCHITECTURES = frozenset(
+    {"gemma", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3"}
+)
+"""`config.model_type` of the architectures whose slots a test compares with `generate`."""
+
+_IMPLEMENTATION = "sso_slots"
+_PREFILL_TOKENS = 4096  # in one call
 
 Progress = Callable[[int, int], None]
 
@@ -139,81 +158,296 @@ class TransformersSampler(Sampler):
                 raise InputError(f"sampling: request {request.key!r} has an empty prompt")
             if self._limit(request) < 1:
                 raise InputError(f"sampling: request {request.key!r} allows no new token")
-        samples: dict[int, Sample] = {}
+        answers = [_Answer(request, self._limit(request)) for request in requests]
+        run = self._run_slots if _fits_slots(model) else self._run_cache
         with torch.no_grad(), _eval_mode(model):
-            for batch in self._batches(requests):
-                group = [requests[i] for i in batch]
-                answers = self._sample_batch(model, group, frozenset(stop_ids), progress)
-                samples.update(zip(batch, answers, strict=True))
-        return [samples[i] for i in range(len(requests))]
+            run(model, answers, frozenset(stop_ids), progress or (lambda tokens, finished: None))
+        return [answer.sample() for answer in answers]
 
     def _limit(self, request: Request) -> int:
         return self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        cost = [len(r.prompt) + self._limit(r) for r in requests]
-        batch: list[int] = []
-        for index in sorted(range(len(requests)), key=lambda i: -cost[i]):
-            full = batch and cost[batch[0]] * (len(batch) + 1) > self.max_tokens
-            if full or len(batch) == self.max_rows:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+    def _pick(self, live: list[_Answer], logits: Tensor, stop_ids: frozenset[int]) -> list[int]:
+        """Extend each answer by a token [rows, vocabulary]; return the rows that are finished."""
+        uniforms = torch.stack([answer.uniform() for answer in live]).to(logits.device)
+        tokens = pick_tokens(logits, uniforms, self.temperature, self.top_p, self.top_k).tolist()
+        return [row for row, token in enumerate(tokens) if live[row].extend(token, stop_ids)]
 
-    def _sample_batch(
-        self,
-        model: nn.Module,
-        requests: list[Request],
-        stop_ids: frozenset[int],
-        progress: Progress | None,
-    ) -> list[Sample]:
+    def _run_slots(
+        self, model: nn.Module, answers: list[_Answer], stop_ids: frozenset[int], progress: Progress
+    ) -> None:
+        """Answer in slots; see the module's docstring."""
+        if not answers:
+            return
+        capacity = max(answer.cost for answer in answers)
+        rows = max(1, min(self.max_rows, self.max_tokens // capacity, len(answers)))
+        # Longest first, so that the end is not one long answer; equal prompts side by side.
+        waiting = sorted(answers, key=lambda a: (a.cost, a.request.prompt))
+        slots = _Slots(rows, capacity)
+        live: list[_Answer] = []
+
+        def step(old: int, logits: Tensor) -> None:
+            """Use the logits of the slots from `old` on, then close the gaps."""
+            finished = self._pick(live[old:], logits, stop_ids)
+            progress(len(live) - old, len(finished))
+            for row in sorted((old + row for row in finished), reverse=True):
+                last = live.pop()
+                if row < len(live):
+                    slots.move(len(live), row, last.length)
+                    live[row] = last
+
+        with _attention(_causal_lm(model).get_decoder().config):
+            while live or waiting:
+                old, tokens = len(live), 0
+                while waiting and len(live) < rows:
+                    prompt = waiting[-1].request.prompt
+                    if len(live) == old or prompt != live[-1].request.prompt:
+                        if tokens and tokens + len(prompt) > _PREFILL_TOKENS:
+                            break
+                        tokens += len(prompt)
+                    live.append(waiting.pop())
+                if len(live) > old:
+                    step(old, slots.prefill(model, [a.request.prompt for a in live[old:]], old))
+                if live:
+                    step(0, slots.decode(model, [(a.ids[-1], a.length) for a in live]))
+
+    def _run_cache(
+        self, model: nn.Module, answers: list[_Answer], stop_ids: frozenset[int], progress: Progress
+    ) -> None:
+        """Answer in left-padded batches over transformers' own cache, evicting finished rows."""
         device = next(model.parameters()).device
-        width = max(len(r.prompt) for r in requests)
-        ids = torch.zeros(len(requests), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
-            mask[row, width - len(request.prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        uniforms = [_uniforms(r.seed, self._limit(r)) for r in requests]
-        answers: list[list[int]] = [[] for _ in requests]
-        live = list(range(len(requests)))
-        cache = None
-        while live:
-            out = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+        waiting = sorted(answers, key=lambda a: a.cost)
+        while waiting:
+            rows = max(1, min(self.max_rows, self.max_tokens // waiting[-1].cost))
+            live, waiting = waiting[-rows:][::-1], waiting[:-rows]
+            width = max(len(a.request.prompt) for a in live)
+            pads = torch.tensor([width - len(a.request.prompt) for a in live], device=device)
+            ids = torch.tensor(
+                [[0] * (width - len(a.request.prompt)) + a.request.prompt for a in live],
+                device=device,
             )
-            cache = out.past_key_values
-            draw = torch.stack([uniforms[i][len(answers[i])] for i in live]).to(device)
-            tokens = pick_tokens(
-                out.logits[:, -1], draw, self.temperature, self.top_p, self.top_k
-            ).tolist()
-            keep = []
-            for row, (i, token) in enumerate(zip(live, tokens, strict=True)):
-                answers[i].append(token)
-                if token not in stop_ids and len(answers[i]) < self._limit(requests[i]):
-                    keep.append(row)
-            if progress:
-                progress(len(live), len(live) - len(keep))
-            if len(keep) < len(live):
-                rows = torch.tensor(keep, dtype=torch.int64, device=device)
-                if keep:
-                    cache.batch_select_indices(rows)
-                mask = mask[rows]
+            mask = (torch.arange(width, device=device) >= pads[:, None]).long()
+            cache = None
+            while live:
+                out = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = out.past_key_values
+                finished = self._pick(live, out.logits[:, -1], stop_ids)
+                progress(len(live), len(finished))
+                keep = [row for row in range(len(live)) if row not in finished]
+                if finished and keep:
+                    kept = torch.tensor(keep, device=device)
+                    cache.batch_select_indices(kept)
+                    mask = mask[kept]
                 live = [live[row] for row in keep]
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            ids = torch.tensor([answers[i][-1:] for i in live], device=device)
-        return [
-            Sample(r.key, ids, "stop" if ids[-1] in stop_ids else "length")
-            for r, ids in zip(requests, answers, strict=True)
-        ]
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                ids = torch.tensor([[answer.ids[-1]] for answer in live], device=device)
+
+
+class _Answer:
+    """An answer that grows."""
+
+    def __init__(self, request: Request, limit: int) -> None:
+        self.request, self.limit = request, limit
+        self.cost = len(request.prompt) + limit  # most tokens it will ever hold
+        self.ids: list[int] = []
+        self.finish: Literal["stop", "length"] = "length"
+        self._uniforms = _uniforms(request.seed, limit)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.request.prompt) + len(self.ids)
+
+    def uniform(self) -> Tensor:
+        """The number that picks the next token."""
+        return self._uniforms[len(self.ids)]
+
+    def extend(self, token: int, stop_ids: frozenset[int]) -> bool:
+        """Take a token; tell whether it was the last."""
+        self.ids.append(token)
+        if token in stop_ids:
+            self.finish = "stop"
+        return token in stop_ids or len(self.ids) == self.limit
+
+    def sample(self) -> Sample:
+        """The finished answer."""
+        return Sample(self.request.key, self.ids, self.finish)
+
+
+class _Slots:
+    """Keys and values [rows, key heads, capacity, head width] of every layer, and who sees what."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self._store: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prompts: list[tuple[int, list[int]]] | None = None  # of a prefill: length, slots
+        self._lengths = torch.empty(0)  # of a decoding step, its new token included
+        self._most = 0
+        self._masks: dict[int | None, Tensor] = {}
+
+    def prefill(self, model: nn.Module, prompts: list[list[int]], first: int) -> Tensor:
+        """Fill the slots from `first` on; return the logits [prompts, vocabulary] that follow."""
+        device = next(model.parameters()).device
+        self._prompts, flat, ends, where = [], [], [], []
+        for slot, prompt in enumerate(prompts, first):
+            if slot == first or prompt != prompts[slot - first - 1]:
+                self._prompts.append((len(prompt), []))
+                flat.append(prompt)
+                ends.append(sum(map(len, flat)) - 1)
+            self._prompts[-1][1].append(slot)
+            where.append(len(ends) - 1)
+        out = cast(Any, model)(
+            input_ids=torch.tensor([[i for prompt in flat for i in prompt]], device=device),
+            position_ids=torch.tensor([[i for p in flat for i in range(len(p))]], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(ends, device=device),
+            sso_slots=self,
+        )
+        return cast(Tensor, out.logits[0][torch.tensor(where, device=device)])
+
+    def decode(self, model: nn.Module, last: list[tuple[int, int]]) -> Tensor:
+        """Feed each slot its last token, given with the length it makes; return the logits."""
+        device = next(model.parameters()).device
+        ids, lengths = (torch.tensor(column, device=device) for column in zip(*last, strict=True))
+        self._prompts, self._lengths, self._masks = None, lengths, {}
+        self._most = max(length for _, length in last)
+        out = cast(Any, model)(
+            input_ids=ids[:, None],
+            position_ids=lengths[:, None] - 1,
+            use_cache=False,
+            logits_to_keep=1,
+            sso_slots=self,
+        )
+        return cast(Tensor, out.logits[:, -1])
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a slot's first `length` keys and values to another slot."""
+        for store in self._store.values():
+            for part in store:
+                part[target, :, :length] = part[source, :, :length]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Store new keys and values and attend; arguments [batch, heads, tokens, head width]."""
+        if layer not in self._store:
+            shape = (self.rows, key.shape[1], self.capacity, key.shape[3])
+            # zeros, because a masked NaN would still spoil the sum
+            self._store[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        keys, values = self._store[layer]
+        if self._prompts is not None:
+            return self._attend_prompts(keys, values, query, key, value, scaling, window)
+        rows, groups = len(query), query.shape[1] // key.shape[1]
+        at = torch.arange(rows, device=query.device)
+        keys[at, :, self._lengths - 1] = key[:, :, 0]
+        values[at, :, self._lengths - 1] = value[:, :, 0]
+        # The heads that share a key head are laid out as its queries: nothing is repeated.
+        out = F.scaled_dot_product_attention(
+            query.reshape(rows, -1, groups, query.shape[3]),
+            keys[:rows, :, : self._most],
+            values[:rows, :, : self._most],
+            attn_mask=self._mask(window),
+            scale=scaling,
+        )
+        return out.reshape(rows, 1, -1, query.shape[3])
+
+    def _attend_prompts(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        outputs, start = [], 0
+        for length, slots in self._prompts or ():
+            q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+            start += length
+            keys[slots, :, :length] = k
+            values[slots, :, :length] = v
+            mask = None
+            if window is not None and length > window:
+                mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
+                mask = mask.tril().triu(1 - window)
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
+            outputs.append(out.transpose(1, 2))
+        return torch.cat(outputs, 1)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Which keys [rows, 1, 1, most] each slot's new token sees."""
+        if window not in self._masks:
+            at = torch.arange(self._most, device=self._lengths.device)
+            seen = at < self._lengths[:, None]
+            if window is not None:
+                seen &= at >= self._lengths[:, None] - window
+            self._masks[window] = seen[:, None, None]
+        return self._masks[window]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    sso_slots: _Slots,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over slots, as transformers' attention registry wants it."""
+    layer = cast(int, module.layer_idx)
+    return sso_slots.attend(layer, query, key, value, scaling, sliding_window), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """No mask: the slots know who sees whom."""
+
+
+ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _no_mask)
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _fits_slots(model: nn.Module) -> bool:
+    config = getattr(_causal_lm(model), "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    # these rotary embeddings depend on the longest row of a call
+    varies = bool(kinds & {"dynamic", "longrope"})
+    return getattr(config, "model_type", None) in SLOT_ARCHITECTURES and not varies
+
+
+@contextmanager
+def _attention(config: Any) -> Iterator[None]:
+    """Let the attention modules of a model call `_attend`."""
+    before = config._attn_implementation
+    config._attn_implementation = _IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
@@ -239,24 +473,34 @@ def pick_tokens(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    finest = torch.float32 if logits.device.type == "mps" else torch.float64
     probs = (logits.to(wide) / temperature).softmax(-1)
     order = None
     if 0 < top_k < probs.shape[-1]:
         probs, order = probs.topk(top_k)
+        probs = probs / probs.sum(-1, keepdim=True)
     if top_p < 1:
         if order is None:
-            probs, order = probs.sort(descending=True, stable=True)
-        probs = probs / probs.sum(-1, keepdim=True)
-        before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill((before >= top_p), 0)  # before[0] is 0: one is always kept
-    mass = probs.cumsum(-1)
-    target = uniforms.to(wide)[:, None] * mass[:, -1:]
-    # Rounding may put the target on the total: the last token of any probability is taken then.
-    last = (probs > 0).long().mul(torch.arange(1, probs.shape[-1] + 1, device=probs.device))
+            probs, order = _likeliest(probs, top_p)
+        before = probs.cumsum(-1, dtype=finest) - probs
+        probs = probs.masked_fill(before >= top_p, 0)  # before[0] is 0: one is always kept
+    mass = probs.cumsum(-1, dtype=finest)
+    target = uniforms.to(finest)[:, None] * mass[:, -1:]
     index = torch.searchsorted(mass, target, right=True)
-    index = torch.minimum(index, last.amax(-1, keepdim=True) - 1)
+    # Rounding may put the target on the total: take the last token that adds to it then.
+    last = torch.searchsorted(mass, mass[:, -1:].contiguous())
+    index = torch.minimum(index, last)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
+
+
+def _likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row, in order, that surely hold `top_p`; and their ids."""
+    for count in (1024, probs.shape[-1]):
+        top, order = probs.topk(min(count, probs.shape[-1]))
+        if bool((top.sum(-1) > top_p + 1e-4).all()):
+            break
+    return top, order
 
 
 @contextmanager

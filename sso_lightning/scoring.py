@@ -155,9 +155,7 @@ def _why_not_trees(model: nn.Module, causal_lm: Any) -> str | None:
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {
-        r.get("rope_type") for r in rope.values() if isinstance(r, dict)
-    }
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if kinds & {"dynamic", "longrope"}:
         return "its rotary embedding depends on the longest row of a pass"
     return None
@@ -355,6 +353,8 @@ def _tree_pass(decoder: Any, row: _Row) -> Iterator[None]:
 
         return checkpointed
 
+    # Autocast casts weights only once, so that a repetition would miss the products kept.
+    lean_fits = torch.is_grad_enabled() and not torch.is_autocast_enabled(row.device.type)
     with ExitStack() as stack:
         stack.enter_context(_tree_attention(decoder.config))
         # The last layer's residual stream holds scored positions only, while its attention still
@@ -376,9 +376,7 @@ def _tree_pass(decoder: Any, row: _Row) -> Iterator[None]:
                         again(layer._gradient_checkpointing_func),
                     )
                 )
-            elif torch.is_grad_enabled() and all(
-                p.is_floating_point() for p in layer.mlp.parameters()
-            ):
+            elif lean_fits and all(p.is_floating_point() for p in layer.mlp.parameters()):
                 lean = partial(
                     checkpoint, layer.mlp.forward, use_reentrant=False, context_fn=_lean_contexts
                 )
@@ -677,7 +675,7 @@ class _HeadLogps(torch.autograd.Function):
                     p = logits.sub_(log_sums[at][:, None]).exp_()
                     p = p if slope is None else p.mul_(slope)
                     if p.dtype == w.dtype:
-                        tile_grad.addmm_(p.T, scaled[at])
+                        torch.addmm(tile_grad, p.T, scaled[at], out=tile_grad)
                     else:
                         tile_grad += p.to(w.dtype).T @ scaled[at]
                 grad_weight[columns_at] = tile_grad
