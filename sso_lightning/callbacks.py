@@ -95,10 +95,17 @@ class RegeneratePairs(Callback):
         self._trainer: pl.Trainer
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Attach to the data module and probe the chat template before weights are loaded."""
+        """Attach to the data module; check files and chat template before weights are loaded."""
         assert isinstance(pl_module, SSOModule)
+        every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if stage == "fit" and every != 1:
+            raise InputError(
+                f"trainer.reload_dataloaders_every_n_epochs is {every}; it must be 1, or later "
+                "iterations would train on the pairs of the first"
+            )
         self._trainer = trainer
         trainer.datamodule.regenerator = self  # type: ignore[attr-defined]
+        trainer.datamodule.check_files()  # type: ignore[attr-defined]
         pl_module.load_tokenizer()
         log.info(
             "chat template: principles go into the %s",
@@ -130,6 +137,7 @@ class RegeneratePairs(Callback):
             score_tokens=self.score_tokens,
             shard_size=self.shard_size,
             forward_context=self._forward_context,
+            moved=trainer.state.fn == "fit" and trainer.datamodule.batches_done(iteration) > 0,  # type: ignore[attr-defined]
         )
 
     def _forward_context(self) -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,15 +55,25 @@ class SSOCLI(LightningCLI):
             and not Path(checkpoint).exists()
         ):
             raise InputError(f"--ckpt_path: no checkpoint {checkpoint}")
+        if checkpoint == "last" and not any((self._root / "checkpoints").glob("last*.ckpt")):
+            # the trainer would warn and start from nothing
+            raise InputError(f"--ckpt_path last: no checkpoint in {self._root / 'checkpoints'}")
         if self.subcommand == "fit" and not checkpoint and not self._get(self.config, "overwrite"):
             claim_run_folder(self._root)
 
-    def before_fit(self) -> None:
-        """Remove an earlier run only once the settings and files of the new one have been read."""
-        assert self.datamodule is not None
-        self.datamodule.setup("fit")
-        if self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
-            claim_run_folder(self._root, overwrite=True)
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: settings come from the YAML, and reading a large checkpoint twice takes time."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; a checkpoint that cannot be read is the user's to mend."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            unreadable = isinstance(error, pickle.UnpicklingError) or "PytorchStream" in str(error)
+            if not unreadable:
+                raise
+            path = self._get(self.config, "ckpt_path")
+            raise InputError(f"--ckpt_path: {path} is damaged or not a checkpoint") from error
 
     @property
     def _root(self) -> Path:
@@ -105,12 +116,12 @@ def quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     log = logging.getLogger("sso_lightning")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    # anew for every run: a handler keeps the stderr that it was made with
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def run(argv: Sequence[str]) -> None:
@@ -134,4 +145,7 @@ def run(argv: Sequence[str]) -> None:
             args=list(argv),
         )
     except (ArgumentError, MisconfigurationException) as error:
-        raise InputError(str(error)) from error
+        # the parser says where in a YAML it stopped, but not in which
+        files = [a for a in argv if a.endswith((".yaml", ".yml"))]
+        where = f"{', '.join(files)}: " if "parsing config" in str(error) else ""
+        raise InputError(f"{where}{error}") from error

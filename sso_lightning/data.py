@@ -8,14 +8,14 @@ a function of (seed, epoch) alone, so a resumed run sees the same batches in the
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sso_lightning.errors import InputError
 from sso_lightning.objectives import ContrastLogps
@@ -178,6 +178,20 @@ class PlannedBatches(Dataset[PairBatch]):
         )
 
 
+class _From(Sampler[int]):
+    """Indices from `start` on. The length is that of the whole epoch: the trainer counts on."""
+
+    def __init__(self, start: int, count: int) -> None:
+        self.start = start
+        self.count = count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
 class SSODataModule(pl.LightningDataModule):
     """Queries for training and validation, or pair files for offline training."""
 
@@ -255,23 +269,33 @@ class SSODataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._built: int | None = None
+        self._entered = (-1, 0)  # (epoch, batches trained on) of the checkpoint
         self._train: list[Record] = []
         self._val: list[Record] = []
 
     # ------------------------------------------------------------------ what Lightning calls
 
     def setup(self, stage: str) -> None:
-        """Fail early on a missing file, before a large model is loaded."""
+        """Fail early if there is nothing to work on."""
         if stage == "fit" and not (self.queries or self.pairs):
             raise InputError(
                 "set data.queries (fresh pairs every iteration) or data.pairs (offline)"
             )
         if stage == "predict" and not self.predict_queries:
             raise InputError("predict needs data.predict_queries")
-        for key in ("queries", "pairs", "val_queries", "val_pairs", "predict_queries"):
+
+    def check_files(self) -> None:
+        """Read all files before a large model is loaded; callbacks may have made them."""
+        for key in ("queries", "val_queries", "predict_queries", "pairs", "val_pairs"):
             path = getattr(self, key)
             if path and not Path(path).exists():
                 raise InputError(f"data.{key}: no file {path}")
+            if path and key.endswith("pairs"):
+                load_records(path)
+            elif path:
+                queries = load_queries(path)
+                if key == "queries":
+                    self._take(queries, 0)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of the current epoch's set, built or read when they are asked for."""
@@ -294,7 +318,7 @@ class SSODataModule(pl.LightningDataModule):
         planned = PlannedBatches(
             self._train, batches, self._sequences, trainer.accumulate_grad_batches
         )
-        return self._loader(planned)
+        return self._loader(planned, self.batches_done(trainer.current_epoch))
 
     def val_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
         """Batches of the held-out set; none if there is neither val_queries nor val_pairs."""
@@ -316,8 +340,17 @@ class SSODataModule(pl.LightningDataModule):
         return self._held_out(records)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which epoch the set was built for."""
-        return {"built": self._built}
+        """The epoch, and how many of its batches were trained on."""
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        return {"epoch": self._trainer.current_epoch, "batches": progress.ready}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the batches that were trained on."""
+        self._entered = (state_dict["epoch"], state_dict["batches"])
+
+    def batches_done(self, epoch: int) -> int:
+        """Batches of an epoch that were trained on before the run was resumed."""
+        return self._entered[1] if self._entered[0] == epoch else 0
 
     def transfer_batch_to_device(
         self, batch: PairBatch, device: torch.device, dataloader_idx: int
@@ -351,8 +384,9 @@ class SSODataModule(pl.LightningDataModule):
         sequences: Sequences = self._module.objective.sequences
         return sequences
 
-    def _loader(self, dataset: PlannedBatches) -> DataLoader[PairBatch]:
-        return DataLoader(dataset, batch_size=None, shuffle=False, num_workers=self.num_workers)
+    def _loader(self, dataset: PlannedBatches, start: int = 0) -> DataLoader[PairBatch]:
+        order = _From(start, len(dataset))
+        return DataLoader(dataset, batch_size=None, sampler=order, num_workers=self.num_workers)
 
     def _held_out(self, records: Sequence[Record]) -> DataLoader[PairBatch]:
         order = range(self._trainer.global_rank, len(records), self._trainer.world_size)
@@ -406,16 +440,14 @@ class SSODataModule(pl.LightningDataModule):
             raise InputError(
                 f"data.queries_per_iteration is {count}, but {self.queries} holds {len(queries)}"
             )
-        start = epoch * count
-        taken: list[Query] = []
-        while len(taken) < count:
-            turn, offset = divmod(start + len(taken), len(queries))
-            order = list(queries)
-            random.Random(stream_seed(self.seed, "queries", turn)).shuffle(order)
-            # a query that the end of the last shuffle already gave to this iteration waits
-            fresh = [q for q in order[offset:] if q not in taken]
-            taken += fresh[: count - len(taken)]
-        return taken
+        order: list[Query] = []
+        for turn in range(-(-(epoch + 1) * count // len(queries))):
+            shuffled = list(queries)
+            random.Random(stream_seed(self.seed, "queries", turn)).shuffle(shuffled)
+            # what the last turn's end already gave to an iteration that goes on into this one waits
+            given = {q.id for q in order[len(order) - len(order) % count :]}
+            order += sorted(shuffled, key=lambda q: q.id in given)
+        return order[epoch * count : (epoch + 1) * count]
 
     def _regenerate(self, queries: Sequence[Query], epoch: int, name: str) -> list[Record]:
         if self.regenerator is None:

@@ -121,6 +121,8 @@ class PairBuilder:
         score_tokens: Token budget of one scoring batch.
         shard_size: Queries per shard.
         forward_context: Entered around the policy's forward passes (the trainer's precision).
+        moved: The policy may have been trained since it wrote the set (a run resumed within the
+            iteration); otherwise a set written by another policy is refused.
         show_progress: Draw a progress bar.
     """
 
@@ -135,6 +137,7 @@ class PairBuilder:
     score_tokens: int = 16384
     shard_size: int = 256
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    moved: bool = False
     show_progress: bool = True
     _new_tokens: int = field(default=0, init=False)
 
@@ -183,18 +186,19 @@ class PairBuilder:
             "shard_size": self.shard_size,
         }
         base, adapter = fingerprint(self.model)
+        writer = {"policy": base, "adapter": adapter}
         if (folder / "manifest.json").exists():
             store = PairStore(folder)
-            # a finished set is read again by a policy that has moved on since (a resumed epoch)
             if store.complete:
-                wrong = [k for k, v in asked.items() if store.identity.get(k) != v]
+                expected = asked if self.moved else asked | writer
+                wrong = [k for k, v in expected.items() if store.identity.get(k) != v]
                 if wrong:
                     raise InputError(
-                        f"{folder}: was made with another {wrong[0]}; use another "
-                        "trainer.default_root_dir or set it back"
+                        f"{folder}: was made with another {wrong[0]}; remove it, set that back, "
+                        "or use another trainer.default_root_dir"
                     )
                 return store
-        return PairStore(folder, {**asked, "policy": base, "adapter": adapter})
+        return PairStore(folder, asked | writer)
 
     def _fill(self, store: PairStore, queries: Sequence[Query]) -> None:
         """Build the shards that are missing and finish the set."""

@@ -118,6 +118,8 @@ class RunLogger(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Bring the file up to date."""
+        if not self._rows:  # a start that failed is saved too, and the file may be an earlier run's
+            return
         path = self.folder / "metrics.csv"
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh = self._written == 0
@@ -138,9 +140,21 @@ def _number(value: Any) -> Any:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder when a fit starts; a resumed run keeps its first."""
+    """Writes config.yaml into the run folder when a fit starts; a resumed run keeps its first.
+
+    This is where a fit begins to write: files, settings, chat template and weights were read
+    before, so a start that fails neither removes an earlier run nor leaves a folder that the
+    mended command would refuse.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Save the settings of a fit."""
-        if stage == "fit" and not (Path(trainer.default_root_dir) / self.config_filename).exists():
-            super().setup(trainer, pl_module, stage)
+        """Nothing yet."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove an earlier run if asked to, then save the settings."""
+        root = Path(trainer.default_root_dir)
+        if self.config.overwrite and not self.config.ckpt_path and trainer.is_global_zero:
+            claim_run_folder(root, overwrite=True)
+        # process 0 decides for all: the others might look when it has written already
+        if trainer.strategy.broadcast(not (root / self.config_filename).exists()):
+            super().setup(trainer, pl_module, "fit")

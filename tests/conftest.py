@@ -102,9 +102,14 @@ def _one_thread():
 
 
 @pytest.fixture
-def sso(capsys):
+def sso(capsys, monkeypatch):
     """Run the command line in this process: `status, stdout, stderr = sso("fit", ...)`."""
+    import logging
+
     from sso_lightning.__main__ import main
+
+    # libraries' log handlers keep the stderr of the test that imported them, which is closed by now
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         try:
