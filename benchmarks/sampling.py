@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--model", default="m32k", choices=MODELS)
     parser.add_argument("--prompts", type=int, default=18)
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
+    parser.add_argument("--variants", nargs="+", help="only these (see the table)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -121,6 +122,7 @@ def main() -> None:
         "generate": lambda: generate(model, requests, everything, args.samples),
         f"generate-{six}": lambda: generate(model, requests, six, args.samples),
     }
+    variants = {name: run for name, run in variants.items() if name in (args.variants or variants)}
     tokens = sum(r.max_new_tokens or 0 for r in requests)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     same: dict[str, bool] = {}
@@ -137,7 +139,8 @@ def main() -> None:
     print("| variant | seconds [spread] | tokens/s | generate / this [spread] | same tokens |")
     print("|---|---|---|---|---|")
     for name, took in seconds.items():
-        ratios = [g / t for g, t in zip(seconds["generate"], took, strict=True)]
+        base = seconds.get("generate", took)
+        ratios = [g / t for g, t in zip(base, took, strict=True)]
         row = {
             "model": args.model,
             "prompts": args.prompts,
