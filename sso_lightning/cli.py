@@ -55,9 +55,14 @@ class SSOCLI(LightningCLI):
             and not Path(checkpoint).exists()
         ):
             raise InputError(f"--ckpt_path: no checkpoint {checkpoint}")
-        if checkpoint == "last" and not any((self._root / "checkpoints").glob("last*.ckpt")):
-            # the trainer would warn and start from nothing
-            raise InputError(f"--ckpt_path last: no checkpoint in {self._root / 'checkpoints'}")
+        if checkpoint == "last":
+            # the trainer looks for it before callbacks are set up, in a folder named after the
+            # logger, and starts from nothing if it is not there
+            folder = self._root / "checkpoints"
+            newest = max(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime, default=None)
+            if newest is None:
+                raise InputError(f"--ckpt_path last: no checkpoint in {folder}")
+            self.config[self.subcommand].ckpt_path = str(newest)
         if self.subcommand == "fit" and not checkpoint and not self._get(self.config, "overwrite"):
             claim_run_folder(self._root)
 

@@ -1,0 +1,266 @@
+"""SSO, its ablations and its baseline in the sandbox, over several seeds and base models.
+
+    python benchmarks/sandbox_study.py --seeds 3 --workers 2
+
+Every run is `sso-lightning fit` of a shipped recipe with the changes named in `VARIANTS`. Seed s
+uses base model s (`sso-lightning sandbox --seed s`) and run seed s, so the spread covers base
+models too. Runs that are finished are not repeated. Writes `benchmarks/results/sandbox.md`, whose
+numbers are all measured here.
+
+Methods are compared after equal iterations and, as they move the policy at different speeds, at
+equal policy quality and at equal movement of the plain policy (KL to the start).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import itertools
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from sso_lightning.losses import PreferenceLoss
+from sso_lightning.objectives import BASE, STEER_GOOD, SelfSteering, Term
+from sso_lightning.records import load_queries, stream_seed
+from sso_lightning.sampling import Request, TransformersSampler
+
+ROOT = Path(__file__).resolve().parent.parent
+SSO, PBAA = "sso_2024", "pbaa"
+HALF = "--model.optimizer.init_args.lr=2.5e-4"
+VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "sso": ("SSO, W on every term", SSO, ()),
+    "scope": ("SSO, W on steering only", SSO, ("--model.objective.init_args.scope=steering",)),
+    "pbaa": ("PBAA", PBAA, ()),
+    "pbaa_slow": ("PBAA, half the learning rate", PBAA, (HALF,)),
+    "without_w": ("SSO without W", "without_weight", ()),
+    "without_g": ("SSO without G", "without_steering", ()),
+    "bad_for_original": (
+        "SSO with y- for yo",
+        SSO,
+        (
+            "--model.objective=benchmarks.sandbox_study.SteeringWithBad",
+            "--model.objective.init_args.base=IPO",
+            "--model.objective.init_args.base.init_args.beta=5.0",
+        ),
+    ),
+    "paper_beta": (
+        "SSO, the paper's beta .2, g .1",
+        SSO,
+        (
+            "--model.objective.init_args.base.init_args.beta=0.2",
+            "--model.objective.init_args.steering=0.1",
+        ),
+    ),
+}
+"""Name to (label, recipe, changes)."""
+
+CONTROLS = {"quality": (0.60, 0.65, 0.70), "kl_to_start": (0.02, 0.04, 0.06)}
+
+
+class SteeringWithBad(SelfSteering):
+    """The 2024 objective with L(x-, y-, y+) where the paper has L(x-, yo, y+)."""
+
+    def __init__(self, base: PreferenceLoss, steering: float = 1.0) -> None:
+        """See `SelfSteering`."""
+        super().__init__(base, steering=steering)
+        self.terms = (BASE, STEER_GOOD, Term("bad", "bad", "bad", "good"))
+
+
+class KLToStart(Callback):
+    """Logs `sandbox/kl_to_start`: KL(policy || start) of plain answers, nats per token.
+
+    Exact over the vocabulary at every position of answers that the current policy samples.
+    """
+
+    def __init__(self, queries: str, limit: int = 96) -> None:
+        """See `SandboxMetrics`."""
+        self.queries = load_queries(queries)[:limit]
+        self.sampler = TransformersSampler(max_new_tokens=64, max_rows=limit)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the start."""
+        self.start = copy.deepcopy(pl_module.policy).eval()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure how far the policy has moved."""
+        policy, renderer = pl_module.policy, pl_module.renderer
+        requests = [
+            Request(q.id, renderer.render(q.messages), stream_seed(0, "kl", q.id))
+            for q in self.queries
+        ]
+        samples = self.sampler.sample(policy, requests, stop_ids=renderer.stop_ids)
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for request, sample in zip(requests, samples, strict=True):
+                ids = torch.tensor([request.prompt + sample.ids])
+                keep = slice(len(request.prompt) - 1, -1)
+                p, q = (
+                    m(input_ids=ids, use_cache=False).logits[0, keep].double().log_softmax(-1)
+                    for m in (policy, self.start)
+                )
+                total += float((p.exp() * (p - q)).sum())
+                tokens += len(sample.ids)
+        row = {"sandbox/kl_to_start": total / tokens}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+
+
+def arguments(name: str, seed: int, out: Path) -> list[str]:
+    """The command line of one run."""
+    _, recipe, changes = VARIANTS[name]
+    base = out / f"base-{seed}"
+    files = {
+        "model.policy.path": base / "model",
+        "data.queries": base / "train.jsonl",
+        "data.val_queries": base / "validation.jsonl",
+        "trainer.default_root_dir": out / f"{name}-{seed}",
+        "seed_everything": seed,
+    }
+    argv = ["fit", "--config", f"configs/sandbox/{recipe}.yaml", *changes]
+    argv += [f"--{key}={value}" for key, value in files.items()]
+    held_out = f"{base}/validation.jsonl"
+    return [
+        *argv,
+        "--overwrite=true",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        # in place of the recipe's: this base model, and the movement of the policy
+        '--trainer.callbacks=[{"class_path": "sso_lightning.sandbox.callbacks.SandboxMetrics", '
+        f'"init_args": {{"queries": "{held_out}", "limit": 432}}}}, '
+        '{"class_path": "benchmarks.sandbox_study.KLToStart", '
+        f'"init_args": {{"queries": "{held_out}"}}}}]',
+    ]
+
+
+def run_one(job: tuple[str, int, Path]) -> str:
+    """Run one variant with one seed, unless it is finished."""
+    name, seed, out = job
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    if not (out / f"{name}-{seed}" / "export").exists():
+        from sso_lightning.cli import run
+
+        run(arguments(name, seed, out))
+    return f"{name}-{seed}"
+
+
+def build_base(job: tuple[int, Path]) -> None:
+    """Build the base model of a seed, unless it is there."""
+    from sso_lightning.sandbox.build import is_sandbox, make_sandbox
+
+    seed, out = job
+    if not is_sandbox(out / f"base-{seed}"):
+        make_sandbox(out / f"base-{seed}", seed=seed, quiet=True)
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """What was measured before training and after each iteration; `iteration` is added."""
+    rows: dict[int, dict[str, float]] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found = {k[8:]: float(v) for k, v in row.items() if k.startswith("sandbox/") and v}
+            if found:
+                rows.setdefault(int(row["step"]), {"kl_to_start": 0.0}).update(found)
+    return [rows[step] for step in sorted(rows)]
+
+
+def at(points: Sequence[dict[str, float]], key: str, level: float, want: str) -> float | None:
+    """`want` where `key` first rises through `level`, interpolated between iterations."""
+    for before, after in itertools.pairwise(points):
+        if before[key] <= level <= after[key] and after[key] > before[key]:
+            share = (level - before[key]) / (after[key] - before[key])
+            return before[want] + share * (after[want] - before[want])
+    return None
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation, and how many runs got there if not all did."""
+    found = [v for v in values if v is not None]
+    if not found:
+        return "not reached"
+    text = f"{statistics.fmean(found):.3f}"
+    if len(found) > 1:
+        text += f" ± {statistics.stdev(found):.3f}"
+    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def report(curves: dict[str, list[list[dict[str, float]]]]) -> str:
+    """All tables."""
+    parts = []
+    measures = {
+        "signal_accuracy": "Signal accuracy: share of pairs whose y+ is really better",
+        "quality": "Quality of the plain policy",
+        "quality_bad": "Quality of y- (low is obedient)",
+        "well_formed": "Well-formed answers, all three kinds",
+        "kl_to_start": "Movement: KL(policy || start), nats per token",
+    }
+    count = max(len(c) for runs in curves.values() for c in runs)
+    for key, title in measures.items():
+        head = ["variant", "start", *(f"after {i}" for i in range(1, count))]
+        rows = [
+            [VARIANTS[name][0]]
+            + [spread([c[i][key] for c in runs if i < len(c)]) for i in range(count)]
+            for name, runs in curves.items()
+        ]
+        parts.append(f"## {title}\n\n{table(head, rows)}")
+    for key, levels in CONTROLS.items():
+        head = ["variant", *(f"{key} {level:g}" for level in levels)]
+        rows = [
+            [VARIANTS[name][0]]
+            + [spread([at(c, key, v, "signal_accuracy") for c in runs]) for v in levels]
+            for name, runs in curves.items()
+        ]
+        parts.append(f"## Signal accuracy at equal {key}\n\n{table(head, rows)}")
+    best = [
+        [VARIANTS[name][0], spread([max(p["quality"] for p in c) for c in runs])]
+        for name, runs in curves.items()
+    ]
+    parts.append(f"## Best quality of any iteration\n\n{table(['variant', 'quality'], best)}")
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    """Build the bases, run the variants, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
+    parser.add_argument("--tables", type=Path, help="write the tables here (default: print)")
+    given = parser.parse_args()
+    seeds = range(given.seeds)
+    out = given.out.resolve()
+    with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
+        pool.map(build_base, [(seed, out) for seed in seeds], chunksize=1)
+        jobs = [(name, seed, out) for seed in seeds for name in given.variants]
+        for done in pool.imap_unordered(run_one, jobs):
+            print("finished", done, flush=True)
+    curves = {name: [curve(out / f"{name}-{seed}") for seed in seeds] for name in given.variants}
+    text = report(curves)
+    if given.tables:
+        given.tables.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
