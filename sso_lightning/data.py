@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,9 +46,10 @@ class Regenerator(Protocol):
         ...
 
 
-@dataclass
 class PairBatch:
     """One batch of records, ready to be scored.
+
+    Not a dataclass: the trainer's half precision walks into those and would round the reference.
 
     Attributes:
         ids: Record ids, for error messages.
@@ -61,12 +61,21 @@ class PairBatch:
         closes_step: Whether the optimizer steps after this batch.
     """
 
-    ids: list[str]
-    trees: list[Tree]
-    sequences: Sequences
-    reference: ContrastLogps
-    scale: float = 1.0
-    closes_step: bool = True
+    def __init__(
+        self,
+        ids: list[str],
+        trees: list[Tree],
+        sequences: Sequences,
+        reference: ContrastLogps,
+        scale: float = 1.0,
+        closes_step: bool = True,
+    ) -> None:
+        self.ids = ids
+        self.trees = trees
+        self.sequences = sequences
+        self.reference = reference
+        self.scale = scale
+        self.closes_step = closes_step
 
 
 def collate(records: Sequence[Record], sequences: Sequences) -> PairBatch:
@@ -171,11 +180,9 @@ class PlannedBatches(Dataset[PairBatch]):
         window = self.batches[first : first + self.accumulate]
         # the trainer divides every loss by `accumulate`, also in a last, shorter window
         share = len(self.batches[index]) / sum(map(len, window))
-        return replace(
-            batch,
-            scale=share * self.accumulate,
-            closes_step=index + 1 == min(first + self.accumulate, len(self)),
-        )
+        batch.scale = share * self.accumulate
+        batch.closes_step = index + 1 == min(first + self.accumulate, len(self))
+        return batch
 
 
 class _From(Sampler[int]):
@@ -365,8 +372,8 @@ class SSODataModule(pl.LightningDataModule):
             }
 
         reference = batch.reference
-        moved = ContrastLogps(move(reference.logps), move(reference.lengths))
-        return replace(batch, reference=moved)
+        batch.reference = ContrastLogps(move(reference.logps), move(reference.lengths))
+        return batch
 
     # ------------------------------------------------------------------ what is behind it
 
@@ -427,7 +434,7 @@ class SSODataModule(pl.LightningDataModule):
             )
         elif self.val_queries:
             queries = load_queries(self.val_queries)[: self.val_limit]
-            where = f"{name}/validation" if fitting and self.queries else "validation"
+            where = f"{name}/validation" if fitting else "validation"
             self._val = self._regenerate(queries, epoch, where)
         self._built = epoch
 

@@ -159,7 +159,9 @@ def load_model(config: PolicyConfig, *, trainable: bool = True) -> Any:
     if config.lora:
         model = _add_lora(model, config.lora)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # renamed in transformers 5.2x; the old name goes in 6
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
     return model
