@@ -137,8 +137,14 @@ class RegeneratePairs(Callback):
             score_tokens=self.score_tokens,
             shard_size=self.shard_size,
             forward_context=self._forward_context,
-            moved=trainer.state.fn == "fit" and trainer.datamodule.batches_done(iteration) > 0,  # type: ignore[attr-defined]
+            moved=self._resumed_within(),
         )
+
+    def _resumed_within(self) -> bool:
+        """Whether a fit goes on in the middle of the current iteration."""
+        trainer = self._trainer
+        done = trainer.datamodule.batches_done(trainer.current_epoch)  # type: ignore[attr-defined]
+        return trainer.state.fn == "fit" and bool(done)
 
     def _forward_context(self) -> AbstractContextManager[Any]:
         return self._trainer.precision_plugin.forward_context()
@@ -209,8 +215,9 @@ class RegeneratePairs(Callback):
         numbers = report
         if name.endswith("validation"):
             numbers = {key.replace("pairs/", "val_pairs/"): v for key, v in report.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+        if not self._resumed_within():  # the set's numbers were logged by the first part of the run
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
         tensors = {key: torch.tensor(float(value)) for key, value in numbers.items()}
         trainer.callback_metrics.update(tensors)
         log.info(
@@ -262,6 +269,7 @@ class RunState(Callback):
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] = {}
+        self._steps: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """States of Python's, NumPy's and torch's generators, as plain values and tensors."""
@@ -298,12 +306,18 @@ class RunState(Callback):
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
         self._restored = {}
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note the step: the trainer itself goes back to it only after `on_fit_start`."""
+        self._steps = checkpoint["global_step"]
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue metrics.csv where the checkpoint was taken."""
-        if self._restored:
+        if self._steps is not None:
             for logger in trainer.loggers:
                 if isinstance(logger, RunLogger):
-                    logger.continue_from(trainer.global_step)
+                    logger.continue_from(self._steps)
 
 
 class ExportPolicy(Callback):

@@ -199,10 +199,7 @@ class SSOModule(pl.LightningModule):
     # ------------------------------------------------------------------ schedule
 
     def on_train_epoch_start(self) -> None:
-        """A new iteration forgets the optimizer's moments (a resumed one does not get here)."""
-        if self.schedule.restart and self.trainer.current_epoch > 0:
-            for optimizer in self.trainer.optimizers:
-                optimizer.state.clear()
+        """A new iteration starts its count of IPO's progress."""
         self._ipo_progress = []
 
     def on_train_epoch_end(self) -> None:
@@ -232,7 +229,11 @@ class SSOModule(pl.LightningModule):
         The rate is a function of the step's number alone, so there is no scheduler state that a
         resumed run could get wrong.
         """
-        factor = self.schedule.factor(*self._progress(batch_idx))
+        step, total = self._progress(batch_idx)
+        if self.schedule.restart and step == 0:
+            # a new iteration forgets the moments; no epoch hook is called in every kind of resume
+            optimizer.state.clear()
+        factor = self.schedule.factor(step, total)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
