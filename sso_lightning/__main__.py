@@ -65,8 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments[1:])
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+        return _interrupted()
+    except SystemExit as end:
+        # the trainer turns Ctrl-C into exit(1) after it has shut down
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return _interrupted()
+        raise
     except Exception as error:
         if os.environ.get("SSO_DEBUG") == "1":
             raise
@@ -77,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if status == 2 else " (SSO_DEBUG=1 shows where)"
         sys.stderr.write(f"error: {name}{line}{hint}\n")
         return status
+
+
+def _interrupted() -> int:
+    sys.stderr.write("interrupted; continue with --ckpt_path last once an iteration is finished\n")
+    return 130
 
 
 def _mistake(error: BaseException | None) -> InputError | None:
