@@ -281,6 +281,31 @@ def test_batch_8_equals_batch_1_accumulated_8_times(tiny_model, query_file, tmp_
         torch.testing.assert_close(split_end[name], value, rtol=0, atol=2e-5)
 
 
+class Moments(pl.Callback):
+    """How many weights have moments when a step is taken."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.counts.append(len(optimizer.state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restart", [True, False])
+def test_schedule_and_moments_over_two_iterations(tiny_model, query_file, tmp_path, restart):
+    """Three steps an iteration; cosine without warmup over 3 steps twice, or over 6 once."""
+    made, moments = module(tiny_model, lr=0.01), Moments()
+    made.schedule = Schedule("cosine", warmup=0.0, restart=restart)
+    fit(tmp_path, made, query_file, extra=[moments], max_epochs=2)
+    over = [0, 1, 2, 0, 1, 2] if restart else range(6)
+    total = 3 if restart else 6
+    expected = [0.01 * 0.5 * (1 + math.cos(math.pi * i / total)) for i in over]
+    assert column(tmp_path, "train/lr") == pytest.approx(expected, rel=1e-5)
+    fresh = [count == 0 for count in moments.counts]
+    assert fresh == [True, False, False, restart, False, False]
+
+
 class Watch(PairCallback):
     """How many models there are whenever a set was built."""
 
