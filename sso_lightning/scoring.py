@@ -449,19 +449,36 @@ def _attend(
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.is_cuda and half and not softcap and not dropout:
-        return _attend_varlen(query, key, value, sso_row, scaling, sliding_window), None
-    sizes = [segment.length for segment in sso_row.segments]
+        shape = query.shape[1], key.shape[1], query.shape[3]
+        if _varlen_agrees(query.device, query.dtype, *shape):
+            return _attend_varlen(query, key, value, sso_row, scaling, sliding_window), None
+    out = _attend_segments(query, key, value, sso_row, scaling, sliding_window, softcap, dropout)
+    return out, None
+
+
+def _attend_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: _Row,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """One call of plain attention per segment; arguments and result as `_attend` has them."""
+    sizes = [segment.length for segment in row.segments]
     parts = zip(*(torch.split(x, sizes, 2) for x in (query, key, value)), strict=True)
     prompt_at: dict[int, tuple[Tensor, Tensor]] = {}
     outputs = []
-    for segment, (q, k, v) in zip(sso_row.segments, parts, strict=True):
+    for segment, (q, k, v) in zip(row.segments, parts, strict=True):
         if segment.prompt_length:
             prompt_k, prompt_v = prompt_at[segment.prompt_start]
             k = torch.cat([prompt_k[:, :, : segment.prompt_length], k], 2)
             v = torch.cat([prompt_v[:, :, : segment.prompt_length], v], 2)
         else:
             prompt_at[segment.start] = k, v
-        mask = sso_row.mask(segment, sliding_window)
+        mask = row.mask(segment, window)
         if softcap:
             out = _capped_attention(q, k, v, mask, scaling, softcap, dropout)
         else:
@@ -476,7 +493,45 @@ def _attend(
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, 1), None
+    return torch.cat(outputs, 1)
+
+
+@cache
+def _varlen_agrees(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int
+) -> bool:
+    """Whether the kernel gives what plain attention gives here, forward and backward.
+
+    No GPU has run the kernel for this project yet, so every process proves it on two small trees
+    before it is used; where it fails or differs, plain attention is used and a warning says so.
+    """
+    trees = [Tree([0] * 5, [[0] * 4, [0] * 7]), Tree([0] * 3, [[0] * 6, [0] * 2])]
+    row = _Row([(trees[0], 0), (trees[1], 2)], device)
+    random = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Tensor:
+        values = torch.randn(1, count, len(row.ids), width, generator=random)
+        return values.to(device, dtype)
+
+    parts = draw(heads), draw(key_heads), draw(key_heads)
+    slope = draw(heads).transpose(1, 2)
+
+    def run(attend: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in parts]
+        with torch.enable_grad():
+            out = attend(*leaves, row, width**-0.5, None)
+            return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+    try:
+        pairs = zip(run(_attend_varlen), run(_attend_segments), strict=True)
+        worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        reason = "" if worst < 0.03 else f"it differs by {worst:.1%}"
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+    if reason:
+        log = logging.getLogger(__name__)
+        log.warning("scoring without the variable-length attention kernel: %s", reason)
+    return not reason
 
 
 def _capped_attention(
@@ -510,8 +565,8 @@ def _attend_varlen(
 ) -> Tensor:
     """All segments in one kernel call.
 
-    NOT YET RUN ON A GPU: the segments it describes are tested against an emulation of the kernel's
-    documented meaning (causal from the lower right corner), the kernel itself is not.
+    Not yet run on a GPU: the segments it describes are tested against an emulation of the kernel's
+    documented meaning (causal from the lower right corner); `_varlen_agrees` guards its use.
     """
     from torch.nn.attention.varlen import varlen_attn
 

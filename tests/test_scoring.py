@@ -1,5 +1,6 @@
 import logging
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -360,29 +361,32 @@ def test_flops_tokens_and_positions_are_the_closed_form(gradient):
     assert (len(row.ids), len(row.scored)) == (tokens, scored)
 
 
+def emulated_varlen(
+    q, k, v, ends_q, ends_k, most_q, most_k, *, scale, window_size, enable_gqa, corner="lower right"
+):
+    """The kernel's documented meaning: causal from the lower right corner."""
+    assert enable_gqa
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    left, right = window_size
+    out = []
+    for i in range(len(ends_q) - 1):
+        a, b = (x[ends_q[i] : ends_q[i + 1]] for x in (q, q))
+        keys, values = (x[ends_k[i] : ends_k[i + 1]] for x in (k, v))
+        assert len(a) <= most_q
+        assert len(keys) <= most_k
+        keys, values = (x.repeat_interleave(2, 1) for x in (keys, values))
+        shift = len(keys) - len(b) if corner == "lower right" else 0
+        at = torch.arange(len(a))[:, None] + shift
+        to = torch.arange(len(keys))
+        seen = (to <= at + right) & ((left < 0) | (to >= at - left))
+        scores = torch.einsum("qhd,khd->hqk", a, keys) * scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(out)
+
+
 def test_varlen_segments(monkeypatch):
-    """The kernel's documented meaning, emulated: causal from the lower right corner."""
-
-    def varlen_attn(q, k, v, ends_q, ends_k, most_q, most_k, *, scale, window_size, enable_gqa):
-        assert enable_gqa
-        assert ends_q.dtype == ends_k.dtype == torch.int32
-        left, right = window_size
-        out = []
-        for i in range(len(ends_q) - 1):
-            a, b = (x[ends_q[i] : ends_q[i + 1]] for x in (q, q))
-            keys, values = (x[ends_k[i] : ends_k[i + 1]] for x in (k, v))
-            assert len(a) <= most_q
-            assert len(keys) <= most_k
-            keys, values = (x.repeat_interleave(2, 1) for x in (keys, values))
-            at = torch.arange(len(a))[:, None] + len(keys) - len(b)
-            to = torch.arange(len(keys))
-            seen = (to <= at + right) & ((left < 0) | (to >= at - left))
-            scores = torch.einsum("qhd,khd->hqk", a, keys) * scale
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-            out.append(torch.einsum("hqk,khd->qhd", weights, values))
-        return torch.cat(out)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", emulated_varlen)
     trees = [(TREES[0], 0), (TREES[1], 2), (TREES[2], 5)]
     row = scoring._Row(trees, torch.device("cpu"))
     q = torch.randn(1, 4, len(row.ids), 8)
@@ -393,3 +397,25 @@ def test_varlen_segments(monkeypatch):
             None, q, k, v, None, sso_row=row, scaling=0.3, sliding_window=window
         )
         assert torch.allclose(got, want, atol=1e-5)
+
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("no such kernel here")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "agrees"),
+    [
+        (emulated_varlen, True),
+        (partial(emulated_varlen, corner="upper left"), False),
+        (refuse, False),
+    ],
+    ids=["right", "wrong corner", "missing"],
+)
+def test_varlen_is_proved_before_it_is_used(kernel, agrees, monkeypatch, caplog):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    scoring._varlen_agrees.cache_clear()
+    monkeypatch.setattr(logging.getLogger("sso_lightning"), "propagate", True)
+    assert scoring._varlen_agrees(torch.device("cpu"), torch.bfloat16, 4, 2, 16) is agrees
+    assert ("without the variable-length" in caplog.text) is not agrees
+    scoring._varlen_agrees.cache_clear()
