@@ -396,6 +396,7 @@ def test_checkpoints_of_another_kind_are_refused_in_one_line(lora, tiny_model, q
             enable_checkpointing=False,
             enable_progress_bar=False,
             callbacks=[RegeneratePairs()],
+            reload_dataloaders_every_n_epochs=1,
         )
         with pytest.raises(InputError, match=r"does not fit model\.policy") as caught:
             trainer.fit(made, SSODataModule(queries=str(query_file)), ckpt_path=last)
