@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from sso_lightning.errors import InputError
+from sso_lightning.errors import InputError, OneLineParser
 from sso_lightning.version import __version__
 
 USAGE = """\
@@ -111,10 +111,9 @@ def _sandbox(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="sso-lightning export",
         description="Turn a checkpoint into a folder that transformers and PEFT load.",
         allow_abbrev=False,

@@ -1,18 +1,9 @@
 """The command `sso-lightning sandbox`."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from sso_lightning.errors import InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, like every other mistake of the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+from sso_lightning.errors import OneLineParser
 
 
 def run(argv: list[str]) -> int:
@@ -27,7 +18,7 @@ def run(argv: list[str]) -> int:
     Raises:
         InputError: A flag is wrong, or the folder cannot be used.
     """
-    parser = _Parser(
+    parser = OneLineParser(
         prog="sso-lightning sandbox",
         description="Build a tiny chat model and its queries, with exact ground truth for the "
         "quality of answers. Takes one CPU core and at most a few minutes.",
