@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
-from sso_lightning.pairs import PairBuilder, score
-from sso_lightning.policy import initial_policy, save_policy
+from sso_lightning.pairs import PairBuilder, digest, score
+from sso_lightning.policy import fingerprint, initial_policy, save_policy
 from sso_lightning.principles import PredefinedPrinciples, PrincipleSource
 from sso_lightning.records import PairStore, Query, Record, load_records
 from sso_lightning.runs import RunLogger
@@ -45,7 +46,7 @@ class PairCallback(Callback):
             pl_module: The module; its policy is the one that sampled.
             records: The records kept.
             report: The set's `pairs/...` numbers (see `pairs.report`).
-            name: `iteration-NN`, `iteration-NN/validation`, `validation` or `predict`.
+            name: `iteration-NN`, `iteration-NN/validation`, `validation-...` or `predict`.
         """
 
 
@@ -160,10 +161,14 @@ class RegeneratePairs(Callback):
         Returns:
             The records, on every process.
         """
+        builder = self.builder(iteration)
+        if name == "validation":
+            # not an iteration's: every checkpoint that is validated has a set of its own
+            name = f"validation-{digest(fingerprint(builder.model))}"
         folder = Path(self._trainer.default_root_dir) / "pairs" / name
         with self._first_process_only() as mine:
             if mine:
-                records, report = self.builder(iteration).build(queries, folder)
+                records, report = builder.build(queries, folder)
                 self._announce(records, report, name)
         return load_records(folder)
 
@@ -183,24 +188,36 @@ class RegeneratePairs(Callback):
             The same records with `reference/...` scores, on every process.
         """
         folder = Path(self._trainer.default_root_dir) / "pairs" / name
-        keys = {f"reference/{c}/{r}" for c, r in sequences}
+        module = self._module
+        texts = [[r.id, r.prompt_ids, r.response_ids] for r in records]
+        identity = {
+            "records": digest(texts),
+            "sequences": [f"{c}/{r}" for c, r in sequences],
+            "reference": digest(asdict(module.policy_config)),
+            "shard_size": self.shard_size,
+        }
         with self._first_process_only() as mine:
             if mine:
-                store = PairStore(
-                    folder, {"source": [r.id for r in records], "scores": sorted(keys)}
-                )
+                store = PairStore(folder, identity)
                 if not store.complete:
-                    module = self._module
-                    started = initial_policy(module.policy, module.policy_config)
-                    with started as model, self._forward_context():
-                        for index, start in enumerate(range(0, len(records), self.shard_size)):
-                            chunk = records[start : start + self.shard_size]
-                            budget = self.score_tokens
-                            score(model, chunk, sequences, who="reference", max_tokens=budget)
-                            if index not in store.shards():
-                                store.write_shard(index, chunk, {})
+                    self._score_shards(store, records, sequences)
                     store.finish({"pairs/kept": len(records)})
         return load_records(folder)
+
+    def _score_shards(
+        self, store: PairStore, records: list[Record], sequences: Sequence[tuple[str, str]]
+    ) -> None:
+        """Score and write the shards that are missing."""
+        module, done = self._module, store.shards()
+        with (
+            initial_policy(module.policy, module.policy_config) as model,
+            self._forward_context(),
+        ):
+            for index, start in enumerate(range(0, len(records), self.shard_size)):
+                if index not in done:
+                    chunk = records[start : start + self.shard_size]
+                    score(model, chunk, sequences, who="reference", max_tokens=self.score_tokens)
+                    store.write_shard(index, chunk, {})
 
     @contextmanager
     def _first_process_only(self) -> Iterator[bool]:
@@ -213,7 +230,7 @@ class RegeneratePairs(Callback):
     def _announce(self, records: list[Record], report: dict[str, float], name: str) -> None:
         trainer = self._trainer
         numbers = report
-        if name.endswith("validation"):
+        if "validation" in name:
             numbers = {key.replace("pairs/", "val_pairs/"): v for key, v in report.items()}
         if not self._resumed_within():  # the set's numbers were logged by the first part of the run
             for logger in trainer.loggers:

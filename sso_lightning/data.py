@@ -155,6 +155,7 @@ class PlannedBatches(Dataset[PairBatch]):
         batches: Sequence[Sequence[int]],
         sequences: Sequences,
         accumulate: int = 1,
+        limit: int | None = None,
     ) -> None:
         """Plan an epoch.
 
@@ -163,11 +164,13 @@ class PlannedBatches(Dataset[PairBatch]):
             batches: Indices of each batch.
             sequences: What the objective needs.
             accumulate: Batches per optimizer step.
+            limit: Batches that will be asked for, if not all.
         """
         self.records = records
         self.batches = batches
         self.sequences = sequences
         self.accumulate = accumulate
+        self.limit = min(len(batches), limit or len(batches))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -177,11 +180,11 @@ class PlannedBatches(Dataset[PairBatch]):
             raise IndexError(index)
         batch = collate([self.records[i] for i in self.batches[index]], self.sequences)
         first = index - index % self.accumulate
-        window = self.batches[first : first + self.accumulate]
+        window = self.batches[first : min(first + self.accumulate, self.limit)]
         # the trainer divides every loss by `accumulate`, also in a last, shorter window
         share = len(self.batches[index]) / sum(map(len, window))
         batch.scale = share * self.accumulate
-        batch.closes_step = index + 1 == min(first + self.accumulate, len(self))
+        batch.closes_step = index + 1 == min(first + self.accumulate, self.limit)
         return batch
 
 
@@ -322,8 +325,13 @@ class SSODataModule(pl.LightningDataModule):
                 f"iteration {trainer.current_epoch}: {len(self._train)} records are too few for "
                 f"{trainer.world_size} processes"
             )
+        limit = trainer.limit_train_batches or 1.0
         planned = PlannedBatches(
-            self._train, batches, self._sequences, trainer.accumulate_grad_batches
+            self._train,
+            batches,
+            self._sequences,
+            trainer.accumulate_grad_batches,
+            limit=limit if isinstance(limit, int) else int(limit * len(batches)),
         )
         return self._loader(planned, self.batches_done(trainer.current_epoch))
 
@@ -396,7 +404,10 @@ class SSODataModule(pl.LightningDataModule):
         return DataLoader(dataset, batch_size=None, sampler=order, num_workers=self.num_workers)
 
     def _held_out(self, records: Sequence[Record]) -> DataLoader[PairBatch]:
-        order = range(self._trainer.global_rank, len(records), self._trainer.world_size)
+        rank, world = self._trainer.global_rank, self._trainer.world_size
+        # with fewer records than processes each one takes them all: none is left without metrics,
+        # and the mean over copies is the mean
+        order = range(rank, len(records), world) if world <= len(records) else range(len(records))
         size = self.val_batch_size
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         return self._loader(PlannedBatches(records, batches, self._sequences))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 
 from sso_lightning.data import PairBatch
 from sso_lightning.errors import InputError
@@ -65,6 +65,40 @@ class Schedule:
         return self.floor + (1.0 - self.floor) * shape
 
 
+class _Gathered:
+    """Metrics over the batches of an optimizer step or of an epoch, on all processes.
+
+    Which ones there are is the objective's choice. By their names: `_min` and `_max` are extremes,
+    `_std` goes with the `_mean` of the same name, and everything else is a mean over examples.
+    """
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metric] = {}
+
+    def update(self, metrics: Mapping[str, Tensor], weight: int) -> None:
+        """Take in a batch of `weight` examples."""
+        for name, value in metrics.items():
+            wide = torch.float32 if value.device.type == "mps" else torch.float64
+            value = value.detach().to(wide)
+            if name.endswith("_std"):  # spreads do not average, but second moments do
+                value = value**2 + metrics[name[:-4] + "_mean"].to(wide) ** 2
+            kind = {"_min": MinMetric, "_max": MaxMetric}.get(name[-4:], MeanMetric)
+            if name not in self._metrics:
+                self._metrics[name] = kind().set_dtype(wide).to(value.device)
+            weighted = (value, weight) if kind is MeanMetric else (value,)
+            self._metrics[name].update(*weighted)
+
+    def take(self) -> dict[str, Tensor]:
+        """What was gathered; the next batches start from nothing."""
+        values: dict[str, Tensor] = {k: metric.compute() for k, metric in self._metrics.items()}
+        for name in values:
+            if name.endswith("_std"):
+                variance = values[name] - values[name[:-4] + "_mean"] ** 2
+                values[name] = variance.clamp(min=0).sqrt()
+        self._metrics.clear()
+        return values
+
+
 class SSOModule(pl.LightningModule):
     """Trains a policy on pairs that it wrote itself.
 
@@ -100,9 +134,8 @@ class SSOModule(pl.LightningModule):
         self.policy: Any = None
         self.tokenizer: Any = None
         self.renderer: ChatRenderer
-        # plain dicts: which metrics there are is the objective's choice, and none is a checkpoint's
-        self._step_metrics: dict[str, MeanMetric] = {}
-        self._held_out_metrics: dict[str, MeanMetric] = {}
+        self._step_metrics = _Gathered()
+        self._held_out_metrics = _Gathered()
         self._ipo_progress: list[float] = []
         # adapters and frozen bases are saved without the base, see `on_save_checkpoint`
         self.strict_loading = False
@@ -147,28 +180,14 @@ class SSOModule(pl.LightningModule):
         """One batch; the loss of an optimizer step is the mean over its examples."""
         loss, metrics = self.objective(self.score(batch), batch.reference)
         metrics["loss"] = loss.detach()
-        self._gather(self._step_metrics, metrics, weight=len(batch.ids))
+        self._step_metrics.update(metrics, weight=len(batch.ids))
         if batch.closes_step:
-            values = self._take(self._step_metrics)
+            values = self._step_metrics.take()
             if "ipo_progress" in values:
                 self._ipo_progress.append(float(values["ipo_progress"]))
             self.log_dict({f"train/{k}": v for k, v in values.items()})
             self.log("loss", values["loss"], prog_bar=True, logger=False)
         return loss * batch.scale
-
-    def _gather(
-        self, store: dict[str, MeanMetric], metrics: dict[str, Tensor], weight: int
-    ) -> None:
-        for name, value in metrics.items():
-            if name not in store:
-                store[name] = MeanMetric(sync_on_compute=store is not self._step_metrics)
-            store[name].to(self.device).update(value.float(), weight)
-
-    def _take(self, store: dict[str, MeanMetric]) -> dict[str, Tensor]:
-        """The means gathered so far; the next ones start from nothing."""
-        values = {name: metric.compute() for name, metric in store.items()}
-        store.clear()
-        return values
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Loss, reward accuracies and margins on the held-out pairs."""
@@ -177,18 +196,18 @@ class SSOModule(pl.LightningModule):
         metrics["loss"] = loss
         metrics["reward_accuracy"] = metrics[f"reward_accuracy_{first}"]
         metrics["reward_margin"] = metrics[f"reward_margin_{first}"]
-        self._gather(self._held_out_metrics, metrics, weight=len(batch.ids))
+        self._held_out_metrics.update(metrics, weight=len(batch.ids))
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the held-out pairs of all processes."""
-        values = self._take(self._held_out_metrics)
+        values = self._held_out_metrics.take()
         self.log_dict({f"val/{k}": v for k, v in values.items()})
 
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`, under `test/`."""
-        values = self._take(self._held_out_metrics)
+        values = self._held_out_metrics.take()
         self.log_dict({f"test/{k}": v for k, v in values.items()})
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, list[Any]]:
@@ -206,12 +225,13 @@ class SSOModule(pl.LightningModule):
         """Warn while IPO's target is out of reach: nothing then holds the policy back."""
         if not isinstance(self.objective.base, IPO) or not self._ipo_progress:
             return
-        progress = max(self._ipo_progress)
+        late = self._ipo_progress[len(self._ipo_progress) // 2 :]
+        progress = sum(late) / len(late)
         if progress < IPO_PROGRESS_FLOOR:
             log.warning(
-                "iteration %d: the IPO margin reached %.3f of its target of %.3g nats per token at "
-                "most; with the target out of reach nothing holds the policy back. A larger beta "
-                "sets a nearer target.",
+                "iteration %d: in its second half the IPO margin was %.3f of its target of %.3g "
+                "nats per token; with the target out of reach nothing holds the policy back. A "
+                "larger beta sets a nearer target.",
                 self.trainer.current_epoch,
                 progress,
                 self.objective.base.target,
@@ -269,6 +289,9 @@ class SSOModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained another way (LoRA or full, another rank)."""
         self.configure_model()
+        path = checkpoint.get("policy", {}).get("path")
+        if self.policy_config.lora and path != self.policy_config.path:
+            log.warning("the adapter was trained on %s, not on %s", path, self.policy_config.path)
         shapes = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
         found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         wrong = [name for name, shape in shapes.items() if found.get(name) != shape]

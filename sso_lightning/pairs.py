@@ -176,10 +176,10 @@ class PairBuilder:
         asked = {
             "seed": self.seed,
             "iteration": self.iteration,
-            "queries": _digest([[q.id, q.messages] for q in queries]),
+            "queries": digest([[q.id, q.messages] for q in queries]),
             "sampler": self.sampler.settings(),
             "engine": self.sampler.engine,
-            "principles": f"{self.principles.name} {_digest(self.principles.settings())}",
+            "principles": f"{self.principles.name} {digest(self.principles.settings())}",
             "template": self.renderer.template_hash,
             "reference": "initial" if self.initial else "previous",
             "max_prompt_tokens": self.max_prompt_tokens,
@@ -367,7 +367,8 @@ class PairBuilder:
         return [self.renderer.decode(sample.ids) for sample in samples]
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """A short hash of a JSON value."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -234,3 +234,10 @@ def test_sampled_ids_are_kept_and_another_template_is_refused(renderer, tmp_path
     assert anew.prompt_ids["query"] == renderer.render(ASK)
     assert anew.response_ids["good"] == renderer.encode_response("yes")
     assert anew.scores == {}
+
+
+def test_a_limited_epoch_closes_its_last_window():
+    """Three batches of 2, 2 and 1 by windows of 2, of which only one batch is asked for."""
+    planned = PlannedBatches([record()] * 5, [[0, 1], [2, 3], [4]], PAIR, 2, limit=1)
+    assert planned[0].closes_step
+    assert planned[0].scale == 2.0  # alone in its window: the trainer divides by 2

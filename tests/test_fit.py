@@ -279,7 +279,8 @@ def test_validate_test_and_predict_use_a_checkpoint(whole, home, tiny_model, tmp
         assert status == 0, err
         name = {"validate": "val"}.get(command, command)
         assert f"{name}/reward_accuracy" in out + err
-    made = load_records(tmp_path / "run" / "pairs" / "validation")
+    (folder,) = (tmp_path / "run" / "pairs").glob("validation-*")  # both read the same set
+    made = load_records(folder)
     # sampled by the checkpoint, compared with the policy before training
     assert made[0].scores["policy/query/good"] != made[0].scores["reference/query/good"]
 

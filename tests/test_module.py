@@ -13,7 +13,7 @@ from sso_lightning.callbacks import Checkpoints, PairCallback, RegeneratePairs, 
 from sso_lightning.data import SSODataModule, collate
 from sso_lightning.errors import InputError
 from sso_lightning.losses import DPO, IPO
-from sso_lightning.module import Schedule, SSOModule
+from sso_lightning.module import Schedule, SSOModule, _Gathered
 from sso_lightning.objectives import Contrastive, SelfSteering
 from sso_lightning.pairs import SCORED
 from sso_lightning.policy import LoRA, PolicyConfig, export_checkpoint
@@ -474,3 +474,40 @@ def test_metrics_have_their_names(lora):
         *("pairs/gap_logp", "pairs/length_good", "pairs/length_bad", "pairs/length_original"),
     } <= names
     assert all(0.5 <= w < 1.0 for w in column(lora[0], "train/weight_mean"))
+
+
+def test_gathered_metrics_are_those_of_the_whole_window():
+    """Two batches of W: (0.6, 0.8) and (1.0): mean 0.8, variance (0.04 + 0 + 0.04) / 3."""
+    gathered = _Gathered()
+    gathered.update(
+        {
+            "weight_mean": torch.tensor(0.7),
+            "weight_std": torch.tensor(0.1),
+            "weight_min": torch.tensor(0.6),
+            "weight_max": torch.tensor(0.8),
+            "loss": torch.tensor(3.0),
+        },
+        weight=2,
+    )
+    gathered.update(
+        {
+            "weight_mean": torch.tensor(1.0),
+            "weight_std": torch.tensor(0.0),
+            "weight_min": torch.tensor(1.0),
+            "weight_max": torch.tensor(1.0),
+            "loss": torch.tensor(6.0),
+        },
+        weight=1,
+    )
+    values = {name: float(value) for name, value in gathered.take().items()}
+    assert values == pytest.approx(
+        {
+            "weight_mean": 0.8,
+            "weight_std": math.sqrt(0.08 / 3),
+            "weight_min": 0.6,
+            "weight_max": 1.0,
+            "loss": 4.0,
+        },
+        abs=1e-6,
+    )
+    assert not gathered.take()
