@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# processes that run tests
+WORKERS ?= 2
 
 .PHONY: setup demo test lint clean
 .DEFAULT_GOAL := setup
@@ -20,7 +22,7 @@ demo: setup
 	$(BIN)/python -m sso_lightning.sandbox.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 lint: setup
 	$(BIN)/ruff check .

@@ -167,11 +167,17 @@ def build_base(job: tuple[int, Path]) -> None:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """What was measured before training and after each iteration; `iteration` is added."""
+    """What was measured before training and after each iteration.
+
+    Numbers of a training set stand at the policy that wrote it, so the last row has none.
+    """
     rows: dict[int, dict[str, float]] = {}
     with (folder / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            found = {k[8:]: float(v) for k, v in row.items() if k.startswith("sandbox/") and v}
+            wanted = ("sandbox/", "pairs/on_policy_", "pairs/length_")
+            found = {
+                k.split("/")[1]: float(v) for k, v in row.items() if v and k.startswith(wanted)
+            }
             if found:
                 rows.setdefault(int(row["step"]), {"kl_to_start": 0.0}).update(found)
     return [rows[step] for step in sorted(rows)]
@@ -189,6 +195,8 @@ def at(points: Sequence[dict[str, float]], key: str, level: float, want: str) ->
 def spread(values: Sequence[float | None]) -> str:
     """Mean and standard deviation, and how many runs got there if not all did."""
     found = [v for v in values if v is not None]
+    if not values:
+        return ""
     if not found:
         return "not reached"
     text = f"{statistics.fmean(found):.3f}"
@@ -212,13 +220,16 @@ def report(curves: dict[str, list[list[dict[str, float]]]]) -> str:
         "quality_bad": "Quality of y- (low is obedient)",
         "well_formed": "Well-formed answers, all three kinds",
         "kl_to_start": "Movement: KL(policy || start), nats per token",
+        "on_policy_bad": "On-policyness of the training set's y-: mean of exp(avg(y-|x))",
+        "on_policy_good": "On-policyness of the training set's y+",
+        "length_original": "Tokens of a plain answer in the training set",
     }
     count = max(len(c) for runs in curves.values() for c in runs)
     for key, title in measures.items():
         head = ["variant", "start", *(f"after {i}" for i in range(1, count))]
         rows = [
             [VARIANTS[name][0]]
-            + [spread([c[i][key] for c in runs if i < len(c)]) for i in range(count)]
+            + [spread([c[i][key] for c in runs if key in c[i]]) for i in range(count)]
             for name, runs in curves.items()
         ]
         parts.append(f"## {title}\n\n{table(head, rows)}")
