@@ -36,6 +36,7 @@ from sso_lightning.losses import PreferenceLoss
 from sso_lightning.objectives import BASE, STEER_GOOD, SelfSteering, Term
 from sso_lightning.records import load_queries, stream_seed
 from sso_lightning.sampling import Request, TransformersSampler
+from sso_lightning.sandbox.demo import MEASURES, draw
 
 ROOT = Path(__file__).resolve().parent.parent
 SSO, PBAA = "sso_2024", "pbaa"
@@ -205,6 +206,14 @@ def spread(values: Sequence[float | None]) -> str:
     return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
 
 
+def mean_curve(runs: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """Means over seeds of what `demo.draw` shows, point by point."""
+    return [
+        {key: statistics.fmean(p[key.removeprefix("sandbox/")] for p in points) for key in MEASURES}
+        for points in zip(*runs, strict=True)
+    ]
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -256,7 +265,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--tables", type=Path, help="write the tables here (default: print)")
+    parser.add_argument("--tables", type=Path, help="write the tables to this file as well")
+    parser.add_argument("--picture", type=Path, help="draw the means of sso and pbaa to this file")
     given = parser.parse_args()
     seeds = range(given.seeds)
     out = given.out.resolve()
@@ -270,6 +280,8 @@ def main() -> int:
     if given.tables:
         given.tables.write_text(text + "\n")
     print(text)
+    if given.picture:
+        draw({VARIANTS[n][0]: mean_curve(curves[n]) for n in ("sso", "pbaa")}, given.picture)
     return 0
 
 
