@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from sso_lightning.errors import InputError, OneLineParser
+from sso_lightning.errors import InputError, OneLineParser, Stopped
 from sso_lightning.version import __version__
 
 USAGE = """\
@@ -31,7 +31,8 @@ options:
   --help     this text; `sso-lightning COMMAND --help` lists every setting of a command
   --version  print the version
 
-exit status: 0 done, 1 an error inside, 2 wrong input or settings, 130 interrupted.
+exit status: 0 done, 1 an error inside, 2 wrong input or settings, 130 Ctrl-C,
+143 SIGTERM, 138 SIGUSR1 (a fit that is stopped saves its state first: --ckpt_path last).
 SSO_DEBUG=1 shows tracebacks.
 """
 
@@ -64,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return command(arguments[1:])
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(interrupt)
     except SystemExit as end:
         # the trainer turns Ctrl-C into exit(1) after it has shut down
         if isinstance(end.__context__, KeyboardInterrupt):
-            return _interrupted()
+            return _interrupted(end.__context__)
         raise
     except Exception as error:
         if os.environ.get("SSO_DEBUG") == "1":
@@ -83,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
 
-def _interrupted() -> int:
-    sys.stderr.write("interrupted; continue with --ckpt_path last once an iteration is finished\n")
-    return 130
+def _interrupted(interrupt: KeyboardInterrupt) -> int:
+    if not isinstance(interrupt, Stopped):
+        sys.stderr.write("interrupted\n")
+        return 130
+    sys.stderr.write(f"{interrupt}; continue with --ckpt_path last\n")
+    return interrupt.status
 
 
 def _mistake(error: BaseException | None) -> InputError | None:

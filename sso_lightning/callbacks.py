@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from sso_lightning.errors import InputError
+from sso_lightning.data import PairBatch
+from sso_lightning.errors import InputError, Stopped
 from sso_lightning.module import SSOModule
 from sso_lightning.pairs import PairBuilder, digest, score
 from sso_lightning.policy import fingerprint, initial_policy, save_policy
 from sso_lightning.principles import PredefinedPrinciples, PrincipleSource
-from sso_lightning.records import PairStore, Query, Record, load_records
+from sso_lightning.records import (
+    RESPONSES,
+    PairStore,
+    Query,
+    Record,
+    load_records,
+    replace_file,
+)
 from sso_lightning.runs import RunLogger
 from sso_lightning.sampling import Sampler, TransformersSampler
 
@@ -252,8 +267,28 @@ class RegeneratePairs(Callback):
                 callback.on_pairs_built(trainer, self._module, records, report, name)
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are on disk whole, or not at all.
+
+    The trainer's own go through memory and the system's temporary folder, which may be on another
+    disk, and are not synced.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside the file, sync, rename."""
+        replace_file(Path(path), partial(torch.save, checkpoint))
+
+
 class Checkpoints(ModelCheckpoint):
-    """Keeps a checkpoint of every iteration (and `last.ckpt`) in `checkpoints/` of the run."""
+    """Keeps a checkpoint of every iteration (and `last.ckpt`) in `checkpoints/` of the run.
+
+    Ends a fit that is asked to stop (by SIGINT, SIGTERM, SIGUSR1, or a callback through
+    `end_with`). Within an iteration it ends after the optimizer step that is under way, with that
+    state in `last.ckpt`; a validation that has begun is finished. While pairs are made there is
+    nothing to save, and it ends at once. A second Ctrl-C ends at once in any case.
+    """
 
     def __init__(self, every_n_steps: int | None = None, keep: int = -1) -> None:
         """Set the callback up.
@@ -274,11 +309,184 @@ class Checkpoints(ModelCheckpoint):
             every_n_epochs=None if every_n_steps else 1,
             save_on_train_epoch_end=True,
         )
+        self._end: BaseException | None = None
+        self._training = False
+        self._ends_now = False
+        self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the folder into the run's."""
+        """Put the folder into the run's, and listen for signals."""
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            signals = [signal.SIGINT]
+            if not SLURMEnvironment.detect():  # there the trainer requeues the job
+                signals += [signal.SIGTERM, signal.SIGUSR1]
+                # the trainer's own handler would end the run within an accumulation window
+                trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            self._process = os.getpid()
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in signals}
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process or self._end:  # a loader's worker, or a repetition
+            return
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        self.end_with(Stopped(signum))
+        if not self._training:
+            raise Stopped(signum)
+        log.warning("%s: ending after this step", signal.Signals(signum).name)
+
+    def end_with(self, reason: BaseException) -> None:
+        """Raise `reason` when the state after this optimizer step is saved."""
+        self._end = self._end or reason
+
+    def _saved_to_end(self, trainer: pl.Trainer) -> bool:
+        """Save if any process was asked to end: they end together."""
+        ends = trainer.strategy.reduce_boolean_decision(self._end is not None, all=False)
+        if ends:
+            self.end_with(Stopped(signal.SIGTERM))
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        return ends
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """End here if asked to: the last step is saved and logged."""
+        self._training = True  # no epoch hook is called in every kind of resume
+        if self._ends_now:
+            assert self._end is not None
+            raise self._end
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save if it is time or the run is to end, but never within an accumulation window."""
+        if not batch.closes_step:
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # after the last step of an iteration its own checkpoint comes
+        if batch_idx + 1 < trainer.num_training_batches:
+            self._ends_now = self._saved_to_end(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save; end here if asked to, before the next iteration's pairs are made."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._training = False
+        if self._saved_to_end(trainer):
+            assert self._end is not None
+            raise self._end
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the signals to whom they belonged."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the signals to whom they belonged."""
+        self._release()
+
+    def _release(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+
+class Guard(PairCallback):
+    """Watches for training that goes nowhere: steps that are not finite, answers that say nothing.
+
+    The module itself skips an optimizer step whose loss or gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        max_skipped: int = 5,
+        max_empty: float = 0.5,
+        max_equal: float = 0.5,
+        max_truncated: float = 0.5,
+        stop: bool = False,
+    ) -> None:
+        """Set the callback up.
+
+        Args:
+            max_skipped: Skipped optimizer steps in a row that end the run.
+            max_empty: Share of a set's queries dropped for an empty answer that is too much.
+            max_equal: Share of a set's queries dropped for equal answers that is too much.
+            max_truncated: Share of answers of a kind cut by the length limit that is too much.
+            stop: End the run when one of the three shares is too much, instead of a warning.
+        """
+        shares = {"empty": max_empty, "equal": max_equal, "truncated": max_truncated}
+        wrong = [
+            f"guard.max_{k} must be in [0, 1], got {v}"
+            for k, v in shares.items()
+            if not 0 <= v <= 1
+        ]
+        if max_skipped < 1:
+            wrong.append(f"guard.max_skipped must be at least 1, got {max_skipped}")
+        if wrong:
+            raise InputError("; ".join(wrong))
+        self.max_skipped = max_skipped
+        self.shares = shares
+        self.stop = stop
+        self._ids: deque[str] = deque(maxlen=16)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: PairBatch,
+        batch_idx: int,
+    ) -> None:
+        """End the run after too many skipped steps in a row."""
+        assert isinstance(pl_module, SSOModule)
+        self._ids += batch.ids
+        if not batch.closes_step or pl_module.skipped_in_row < self.max_skipped:
+            return
+        reason = InputError(
+            f"{pl_module.skipped_in_row} optimizer steps in a row had a loss or gradient that is "
+            f"not finite (guard.max_skipped); the last records were {', '.join(self._ids)}; "
+            "the weights from before them are in checkpoints/last.ckpt; try a lower learning rate"
+        )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                callback.end_with(reason)
+
+    def on_pairs_built(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        records: Sequence[Record],
+        report: dict[str, float],
+        name: str,
+    ) -> None:
+        """Warn of (or stop at) answers that are empty, equal or cut too often."""
+        total = report["pairs/kept"] + report["pairs/dropped"]
+
+        def dropped(word: str) -> float:
+            return sum(v for k, v in report.items() if "pairs/dropped_" in k and word in k) / total
+
+        found = {"empty": dropped("empty_"), "equal": dropped("_equals_")}
+        found["truncated"] = max(report[f"pairs/truncated_{r}"] for r in RESPONSES)
+        wrong = [
+            f"{share:.0%} {kind} (guard.max_{kind}: {self.shares[kind]})"
+            for kind, share in found.items()
+            if share > self.shares[kind]
+        ]
+        if not wrong:
+            return
+        line = f"{name}: degenerate answers: {', '.join(wrong)}"
+        if self.stop:
+            raise InputError(f"{line}; look at the sampler, or raise the bound")
+        log.warning("%s", line)
 
 
 class RunState(Callback):

@@ -15,15 +15,17 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from sso_lightning.callbacks import Checkpoints, ExportPolicy, RegeneratePairs, RunState
+from sso_lightning.callbacks import Checkpoints, ExportPolicy, Guard, RegeneratePairs, RunState
 from sso_lightning.data import SSODataModule
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
 from sso_lightning.runs import RunLogger, SaveConfig, claim_run_folder
 
+log = logging.getLogger("sso_lightning")
+
 
 class SSOCLI(LightningCLI):
-    """One YAML describes a run: `trainer`, `model`, `data`, `pairs`, `checkpoint`, `export`."""
+    """One YAML describes a run: `trainer`, `model`, `data`, and a key per built-in callback."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that takes whole flags only: `--trainer.max_epoch` must be an error."""
@@ -33,6 +35,7 @@ class SSOCLI(LightningCLI):
         """Add the built-in callbacks as top-level keys."""
         parser.add_lightning_class_args(RegeneratePairs, "pairs")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(ExportPolicy, "export")
         parser.add_argument(
             "--overwrite",
@@ -60,9 +63,13 @@ class SSOCLI(LightningCLI):
             # logger, and starts from nothing if it is not there
             folder = self._root / "checkpoints"
             newest = max(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime, default=None)
-            if newest is None:
+            if newest:
+                self.config[self.subcommand].ckpt_path = str(newest)
+            elif self.subcommand == "fit" and (self._root / "pairs").is_dir():
+                log.info("no checkpoint in %s; starting with the pairs that are there", folder)
+                self.config[self.subcommand].ckpt_path = None
+            else:
                 raise InputError(f"--ckpt_path last: no checkpoint in {folder}")
-            self.config[self.subcommand].ckpt_path = str(newest)
         if self.subcommand == "fit" and not checkpoint and not self._get(self.config, "overwrite"):
             claim_run_folder(self._root)
 
@@ -120,7 +127,6 @@ def quieten() -> None:
     )
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
-    log = logging.getLogger("sso_lightning")
     # anew for every run: a handler keeps the stderr that it was made with
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

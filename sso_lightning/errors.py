@@ -1,6 +1,7 @@
 """Mistakes a user can mend, and how small command lines report them."""
 
 import argparse
+import signal
 from typing import NoReturn
 
 
@@ -10,6 +11,18 @@ class InputError(ValueError):
     The message is one line that names the key, file, line or record and says what to do. The
     command line prints it without a traceback and ends with status 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end. An interrupt, because trainers shut down cleanly for those.
+
+    The command line ends with `status`, which is what a shell reports of a process that the
+    signal killed.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.status = 128 + signum
 
 
 class OneLineParser(argparse.ArgumentParser):

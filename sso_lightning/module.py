@@ -137,6 +137,9 @@ class SSOModule(pl.LightningModule):
         self._step_metrics = _Gathered()
         self._held_out_metrics = _Gathered()
         self._ipo_progress: list[float] = []
+        self._loss_is_finite = True
+        self.skipped_steps = 0
+        self.skipped_in_row = 0
         # adapters and frozen bases are saved without the base, see `on_save_checkpoint`
         self.strict_loading = False
 
@@ -183,6 +186,7 @@ class SSOModule(pl.LightningModule):
         self._step_metrics.update(metrics, weight=len(batch.ids))
         if batch.closes_step:
             values = self._step_metrics.take()
+            self._loss_is_finite = bool(values["loss"].isfinite())
             if "ipo_progress" in values:
                 self._ipo_progress.append(float(values["ipo_progress"]))
             self.log_dict({f"train/{k}": v for k, v in values.items()})
@@ -271,10 +275,21 @@ class SSOModule(pl.LightningModule):
         return self.trainer.global_step, self._run_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient's norm before clipping."""
+        """Log the gradient's norm before clipping; skip the step if it or the loss is not finite.
+
+        All processes see the same loss and norm, so they all skip or none does.
+        """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+        if self._loss_is_finite and norm.isfinite():
+            self.skipped_in_row = 0
+        else:
+            # optimizers pass over weights without gradient: no decay, no moments, no count
+            optimizer.zero_grad(set_to_none=True)
+            self.skipped_in_row += 1
+            self.skipped_steps += 1
+        self.log("train/skipped_steps", float(self.skipped_steps), on_step=True, on_epoch=False)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -285,10 +300,12 @@ class SSOModule(pl.LightningModule):
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trainable}
         checkpoint["policy"] = asdict(self.policy_config)
+        checkpoint["skipped_steps"] = self.skipped_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained another way (LoRA or full, another rank)."""
         self.configure_model()
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
         path = checkpoint.get("policy", {}).get("path")
         if self.policy_config.lora and path != self.policy_config.path:
             log.warning("the adapter was trained on %s, not on %s", path, self.policy_config.path)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sso_lightning.errors import InputError
 
@@ -576,10 +576,10 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
     """
     path = Path(path)
     if path.suffix == ".parquet":
-        _replace(path, _parquet_bytes(records))
+        replace_file(path, _parquet_bytes(records))
     elif path.suffix == ".jsonl":
         lines = (json.dumps(_row_of(record), ensure_ascii=False) + "\n" for record in records)
-        _replace(path, "".join(lines).encode())
+        replace_file(path, "".join(lines).encode())
     else:
         raise InputError(f"{path}: records are written as .parquet or .jsonl")
 
@@ -638,13 +638,24 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that a crash at any moment leaves the old file or the new one."""
+def replace_file(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one.
+
+    Args:
+        path: Where it goes; the folder is made.
+        data: What it holds, or a function that writes it.
+
+    Raises:
+        InputError: The disk refuses (it is full, say). The old file is still there.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -653,11 +664,15 @@ def _replace(path: Path, data: bytes) -> None:
             os.fsync(folder)  # the rename itself must survive a power cut
         finally:
             os.close(folder)
-    except OSError as exc:
+    except BaseException as exc:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        # torch reports a refused write as an error of its own
+        refused = exc if isinstance(exc, OSError) else exc.__context__
+        if not isinstance(exc, Exception) or not isinstance(refused, OSError):
+            raise
         raise InputError(
-            f"{path}: cannot be written ({exc.strerror}); mend that and start again, "
+            f"{path}: cannot be written ({refused.strerror}); mend that and start again, "
             "what was written before is kept"
         ) from exc
 
@@ -750,7 +765,7 @@ class PairStore:
     def _save(self) -> None:
         values = asdict(self._manifest)
         values["shards"] = [{"index": i, **asdict(shard)} for i, shard in self.shards().items()]
-        _replace(self.folder / _MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
+        replace_file(self.folder / _MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
 
     def shards(self) -> dict[int, ShardInfo]:
         """The written shards by index, in order."""
@@ -788,7 +803,7 @@ class PairStore:
         data = _parquet_bytes(records)
         digest = hashlib.sha256(data).hexdigest()
         shard = ShardInfo(path.name, len(records), digest, _plain(info))
-        _replace(path, data)
+        replace_file(path, data)
         self._manifest.shards[index] = shard
         try:
             self._save()

@@ -93,8 +93,9 @@ class RunLogger(Logger):
         path = self.folder / "metrics.csv"
         if not path.is_file():
             return
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        # a run that was killed, or met a full disk, may have left a part of a row at the end
+        whole = [x for x in path.read_text("utf-8").splitlines(keepends=True) if x.endswith("\n")]
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(whole)]
         self._rows = [row for row in rows if int(row.get("step") or 0) < step] + self._rows
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
         self._written = 0
@@ -121,16 +122,22 @@ class RunLogger(Logger):
         if not self._rows:  # a start that failed is saved too, and the file may be an earlier run's
             return
         path = self.folder / "metrics.csv"
-        self.folder.mkdir(parents=True, exist_ok=True)
         fresh = self._written == 0
         target = path.with_name(".metrics.csv.tmp") if fresh else path
-        with target.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with target.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._columns)
+                if fresh:
+                    writer.writeheader()
+                writer.writerows(self._rows[self._written :])
             if fresh:
-                writer.writeheader()
-            writer.writerows(self._rows[self._written :])
-        if fresh:
-            target.replace(path)
+                target.replace(path)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); mend that and continue with "
+                "--ckpt_path last"
+            ) from error
         self._written = len(self._rows)
 
 
