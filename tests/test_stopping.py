@@ -37,8 +37,11 @@ class KickStep(Callback):
 
 
 class KickValidation(Callback):
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+
     def on_validation_batch_end(self, trainer, *args):
-        if trainer.current_epoch == 0:
+        if trainer.current_epoch == self.epoch:
             kick("SIGTERM")
 
 
@@ -244,12 +247,15 @@ def test_a_resumed_run_never_saves_within_an_accumulation_window(whole, fit, tmp
 
 
 @pytest.mark.slow
-def test_a_stop_in_validation_ends_with_the_iterations_checkpoint(whole, fit, tmp_path):
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_stop_in_validation_ends_with_the_iterations_checkpoint(whole, fit, tmp_path, epoch):
     root = tmp_path / "run"
-    assert fit(callback=("KickValidation", {}))[0] == 143
-    assert not (root / "pairs" / "iteration-01").exists()
-    assert any("val/loss" in row for row in rows(root))
+    assert fit(callback=("KickValidation", {"epoch": epoch}))[0] == 143
+    assert len(list((root / "pairs").iterdir())) == epoch + 1
+    assert sum("val/loss" in row for row in rows(root)) == epoch + 1
+    assert not (root / "export").exists()
     assert fit("--ckpt_path", "last")[0] == 0
+    assert (root / "export" / "config.json").is_file()
     assert_same(root, whole)
 
 
