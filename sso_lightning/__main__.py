@@ -126,8 +126,11 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--merge", action="store_true", help="fold LoRA adapters into the base")
     given = parser.parse_args(arguments)
+    from transformers.utils import logging
+
     from sso_lightning.policy import export_checkpoint
 
+    logging.disable_progress_bar()
     export_checkpoint(given.checkpoint, given.out, merge=given.merge)
     sys.stdout.write(f"exported to {given.out}\n")
     return 0

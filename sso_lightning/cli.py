@@ -122,6 +122,7 @@ def quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*The dirpath has changed from.*")
     warnings.filterwarnings(
         "ignore", message=r".*Checkpoint directory .* exists and is not empty.*"
     )

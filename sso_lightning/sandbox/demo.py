@@ -122,7 +122,9 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 def answer(folder: Path, question: str) -> str:
     """The exported model's likeliest answer, through transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(
