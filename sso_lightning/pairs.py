@@ -403,22 +403,18 @@ def report(
     if not records:
         return numbers
 
-    def mean(value: Callable[[Record], float]) -> float:
-        return fmean(map(value, records))
-
     def average(record: Record, context: str, response: str) -> float:
         total = record.scores[f"policy/{context}/{response}"]
         return total / len(record.response_ids[response])
 
     def gap(a: tuple[str, str], b: tuple[str, str]) -> float:
-        return mean(lambda r: average(r, *a) - average(r, *b))
+        return fmean(average(r, *a) - average(r, *b) for r in records)
 
     for name in RESPONSES:
-        numbers[f"pairs/length_{name}"] = mean(lambda r: len(r.response_ids[name]))  # noqa: B023
-        numbers[f"pairs/truncated_{name}"] = mean(lambda r: r.finish[name] == "length")  # noqa: B023
-        numbers[f"pairs/on_policy_{name}"] = mean(
-            lambda r: math.exp(average(r, "query", name))  # noqa: B023
-        )
+        probabilities = [math.exp(average(r, "query", name)) for r in records]
+        numbers[f"pairs/length_{name}"] = fmean(len(r.response_ids[name]) for r in records)
+        numbers[f"pairs/truncated_{name}"] = fmean(r.finish[name] == "length" for r in records)
+        numbers[f"pairs/on_policy_{name}"] = fmean(probabilities)
     numbers["pairs/gap_logp"] = gap(("query", "good"), ("query", "bad"))
     numbers["pairs/contrast_good"] = gap(("good", "good"), ("bad", "good"))
     numbers["pairs/contrast_bad"] = gap(("bad", "bad"), ("good", "bad"))
