@@ -15,7 +15,8 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from sso_lightning.callbacks import Checkpoints, ExportPolicy, Guard, RegeneratePairs, RunState
+from sso_lightning.callbacks import ExportPolicy, Guard, RegeneratePairs
+from sso_lightning.checkpoints import Checkpoints, RunState
 from sso_lightning.data import SSODataModule
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule

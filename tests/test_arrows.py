@@ -31,8 +31,9 @@ MAY_IMPORT["data"] |= {"pairs", "objectives"}
 MAY_IMPORT["module"] = {
     *("errors", "losses", "objectives", "scoring", "policy", "prompts", "pairs", "data"),
 }
-MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "runs"}
-MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks"}
+MAY_IMPORT["checkpoints"] = {"errors", "records", "runs"}
+MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
+MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs"}
 # commands are imported when they are called
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "policy", "sandbox"}
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from sso_lightning import module as room
-from sso_lightning.callbacks import Checkpoints, PairCallback, RegeneratePairs, RunState
+from sso_lightning.callbacks import PairCallback, RegeneratePairs
+from sso_lightning.checkpoints import Checkpoints, RunState
 from sso_lightning.data import SSODataModule, collate
 from sso_lightning.errors import InputError
 from sso_lightning.losses import DPO, IPO
