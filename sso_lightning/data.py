@@ -33,6 +33,8 @@ from sso_lightning.scoring import Tree
 
 Sequences = Sequence[tuple[str, str]]
 
+_WINDOW = 64  # batches of records that are sorted by size together
+
 
 class Regenerator(Protocol):
     """What the data module asks for pairs."""
@@ -113,77 +115,108 @@ def _reference(record: Record, key: str) -> float:
 
 
 def plan_batches(
-    count: int,
+    sizes: Sequence[int],
     *,
     batch_size: int,
+    max_tokens: int | None = None,
     seed: int,
     epoch: int,
     passes: int = 1,
-    rank: int = 0,
     world: int = 1,
-) -> list[list[int]]:
-    """Indices of each batch of an epoch, a function of its arguments alone.
+) -> list[list[list[int]]]:
+    """Indices of each batch of an epoch, a function of the arguments alone.
 
     Args:
-        count: Records in the set.
-        batch_size: Records per batch and rank.
+        sizes: Tokens of each record of the set.
+        batch_size: Most records per batch and process.
+        max_tokens: Most tokens per batch and process; a larger record gets a batch of its own.
+            The records of a shuffled window are then sorted by size, so that the processes get
+            batches of like size, and the batches are shuffled.
         seed: Seed of the run.
         epoch: The epoch; every pass over every epoch has its own order.
         passes: Times every record is seen.
-        rank: This process.
-        world: Number of processes. All make the same number of batches: up to `world - 1`
-            records at the end of a pass's order sit that pass out.
+        world: Number of processes.
 
     Returns:
-        The batches; the last of a pass may be smaller.
+        For each turn, one batch per process. Every process gets equally many, none empty: up to
+        `world - 1` records at the end of a pass's order sit that pass out where they cannot be
+        shared out otherwise.
     """
-    batches = []
+    turns = []
     for number in range(passes):
-        order = list(range(count))
-        random.Random(stream_seed(seed, epoch, "order", number)).shuffle(order)
-        mine = order[: count - count % world][rank::world]
-        batches += [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    return batches
+        rng = random.Random(stream_seed(seed, epoch, "order", number))
+        order = list(range(len(sizes)))
+        rng.shuffle(order)
+        if max_tokens is None:
+            shared = order[: len(order) - len(order) % world]
+            every = batch_size * world
+            wholes = [shared[i : i + every] for i in range(0, len(shared), every)]
+            turns += [[whole[rank::world] for rank in range(world)] for whole in wholes]
+            continue
+        batches: list[list[int]] = []
+        window = _WINDOW * batch_size * world
+        for start in range(0, len(order), window):
+            tokens = 0
+            batches.append([])
+            for index in sorted(order[start : start + window], key=lambda i: sizes[i]):
+                full = len(batches[-1]) == batch_size or tokens + sizes[index] > max_tokens
+                if full and batches[-1]:
+                    batches.append([])
+                    tokens = 0
+                batches[-1].append(index)
+                tokens += sizes[index]
+        while len(batches) % world and (largest := max(batches, key=len))[1:]:
+            at, half = batches.index(largest), len(largest) // 2
+            batches[at : at + 1] = [largest[:half], largest[half:]]
+        of_pass = [batches[i : i + world] for i in range(0, len(batches) // world * world, world)]
+        rng.shuffle(of_pass)
+        turns += of_pass
+    return turns
 
 
 class PlannedBatches(Dataset[PairBatch]):
-    """A planned epoch: item i is the i-th batch, collated."""
+    """A planned epoch of one process: item i is its i-th batch, collated."""
 
     def __init__(
         self,
         records: Sequence[Record],
-        batches: Sequence[Sequence[int]],
+        turns: Sequence[Sequence[Sequence[int]]],
         sequences: Sequences,
         accumulate: int = 1,
         limit: int | None = None,
+        rank: int = 0,
     ) -> None:
         """Plan an epoch.
 
         Args:
             records: The set.
-            batches: Indices of each batch.
+            turns: Indices of each batch of every process, as `plan_batches` gives them.
             sequences: What the objective needs.
             accumulate: Batches per optimizer step.
             limit: Batches that will be asked for, if not all.
+            rank: This process.
         """
         self.records = records
-        self.batches = batches
+        self.turns = turns
         self.sequences = sequences
         self.accumulate = accumulate
-        self.limit = min(len(batches), limit or len(batches))
+        self.limit = min(len(turns), limit or len(turns))
+        self.rank = rank
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.turns)
 
     def __getitem__(self, index: int) -> PairBatch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        batch = collate([self.records[i] for i in self.batches[index]], self.sequences)
+        mine = self.turns[index][self.rank]
+        batch = collate([self.records[i] for i in mine], self.sequences)
         first = index - index % self.accumulate
-        window = self.batches[first : min(first + self.accumulate, self.limit)]
-        # the trainer divides every loss by `accumulate`, also in a last, shorter window
-        share = len(self.batches[index]) / sum(map(len, window))
-        batch.scale = share * self.accumulate
+        window = self.turns[first : min(first + self.accumulate, self.limit)]
+        # the trainer divides every loss by `accumulate`, also in a last, shorter window, and the
+        # sum over the processes by their number
+        share = len(mine) / sum(len(other) for turn in window for other in turn)
+        batch.scale = share * self.accumulate * len(self.turns[index])
         batch.closes_step = index + 1 == min(first + self.accumulate, self.limit)
         return batch
 
@@ -217,6 +250,7 @@ class SSODataModule(pl.LightningDataModule):
         queries_per_iteration: int | None = None,
         val_limit: int | None = None,
         batch_size: int = 8,
+        max_tokens: int | None = None,
         val_batch_size: int | None = None,
         passes: int = 1,
         retokenize: bool = False,
@@ -234,7 +268,10 @@ class SSODataModule(pl.LightningDataModule):
             queries_per_iteration: Queries used in one iteration, taken in turn from a seeded
                 shuffle; None uses all of them every time.
             val_limit: Most held-out queries or pairs used.
-            batch_size: Records per batch and process.
+            batch_size: Records per batch and process; with `max_tokens`, the most there can be.
+            max_tokens: Most tokens per training batch and process, shared prompts counted once;
+                batches then hold as many records as fit, of like size. An optimizer step is the
+                mean over its records, however many there are.
             val_batch_size: Records per validation batch; `batch_size` if not given.
             passes: Times every record is trained on in its iteration.
             retokenize: Tokenize the texts of a pair file anew, also where it holds token ids.
@@ -251,6 +288,7 @@ class SSODataModule(pl.LightningDataModule):
             raise InputError("data.val_queries and data.val_pairs are both set; keep one of them")
         numbers = {
             "batch_size": batch_size,
+            "max_tokens": max_tokens,
             "passes": passes,
             "queries_per_iteration": queries_per_iteration,
             "val_limit": val_limit,
@@ -273,6 +311,7 @@ class SSODataModule(pl.LightningDataModule):
         self.queries_per_iteration = queries_per_iteration
         self.val_limit = val_limit
         self.batch_size = batch_size
+        self.max_tokens = max_tokens
         self.val_batch_size = val_batch_size or batch_size
         self.passes = passes
         self.retokenize = retokenize
@@ -290,6 +329,12 @@ class SSODataModule(pl.LightningDataModule):
         if stage == "fit" and not (self.queries or self.pairs):
             raise InputError(
                 "set data.queries (fresh pairs every iteration) or data.pairs (offline)"
+            )
+        endless = self._trainer.max_steps <= 0 and not self._module.schedule.restart
+        if stage == "fit" and self.queries and self.max_tokens and endless:
+            raise InputError(
+                "model.schedule.restart: false needs to know the steps of the run, which "
+                "data.max_tokens leaves open; set trainer.max_steps, or restart: true"
             )
         if stage == "predict" and not self.predict_queries:
             raise InputError("predict needs data.predict_queries")
@@ -311,16 +356,8 @@ class SSODataModule(pl.LightningDataModule):
         """Batches of the current epoch's set, built or read when they are asked for."""
         self._ensure_built()
         trainer = self._trainer
-        batches = plan_batches(
-            len(self._train),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            epoch=trainer.current_epoch,
-            passes=self.passes,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
-        if not batches:
+        turns = self._plan(trainer.current_epoch)
+        if not turns:
             raise InputError(
                 f"iteration {trainer.current_epoch}: {len(self._train)} records are too few for "
                 f"{trainer.world_size} processes"
@@ -328,10 +365,11 @@ class SSODataModule(pl.LightningDataModule):
         limit = trainer.limit_train_batches or 1.0
         planned = PlannedBatches(
             self._train,
-            batches,
+            turns,
             self._sequences,
             trainer.accumulate_grad_batches,
-            limit=limit if isinstance(limit, int) else int(limit * len(batches)),
+            limit=limit if isinstance(limit, int) else int(limit * len(turns)),
+            rank=trainer.global_rank,
         )
         return self._loader(planned, self.batches_done(trainer.current_epoch))
 
@@ -409,20 +447,37 @@ class SSODataModule(pl.LightningDataModule):
         # and the mean over copies is the mean
         order = range(rank, len(records), world) if world <= len(records) else range(len(records))
         size = self.val_batch_size
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return self._loader(PlannedBatches(records, batches, self._sequences))
+        turns = [[order[i : i + size]] for i in range(0, len(order), size)]
+        return self._loader(PlannedBatches(records, turns, self._sequences))
 
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch if no record is dropped; for schedules over a whole run."""
+    def _plan(self, epoch: int) -> list[list[list[int]]]:
+        """The batches of an epoch, of all processes."""
+        return plan_batches(
+            [sum(tree.tokens for tree in trees_of([x], self._sequences)) for x in self._train],
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            epoch=epoch,
+            passes=self.passes,
+            world=self._trainer.world_size,
+        )
+
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of one epoch if no record is dropped; for schedules over a whole run.
+
+        None if they cannot be known: of pairs that are yet to be made, `max_tokens` leaves open
+        how many a batch holds.
+        """
         if self.pairs:
             self._ensure_built()
-            count = len(self._train)
+            batches = len(self._plan(0))
+        elif self.max_tokens:
+            return None
         else:
             assert self.queries
-            total = len(load_queries(self.queries))
-            count = self.queries_per_iteration or total
-        per_rank = count // self._trainer.world_size
-        batches = -(-per_rank // self.batch_size) * self.passes
+            count = self.queries_per_iteration or len(load_queries(self.queries))
+            per_rank = count // self._trainer.world_size
+            batches = -(-per_rank // self.batch_size) * self.passes
         return -(-batches // self._trainer.accumulate_grad_batches)
 
     def _ensure_built(self) -> None:

@@ -271,7 +271,8 @@ class SSOModule(pl.LightningModule):
         if not hasattr(self, "_run_steps"):
             per_epoch = self.trainer.datamodule.steps_per_epoch()  # type: ignore[attr-defined]
             epochs, limit = self.trainer.max_epochs or 1, self.trainer.max_steps
-            self._run_steps = min(per_epoch * epochs, limit if limit > 0 else per_epoch * epochs)
+            bounds = (limit if limit > 0 else None, per_epoch and per_epoch * epochs)
+            self._run_steps = min(bound for bound in bounds if bound)
         return self.trainer.global_step, self._run_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

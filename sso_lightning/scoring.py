@@ -9,7 +9,7 @@ keep that cheap, and none of them changes the result:
 2. *Only what is scored.* The last layer's MLP, the final norm and the head run on the positions
    that predict a response token and on no other.
 3. *A head in tiles.* `_HeadLogps` walks the logits in tiles of a few megabytes, as flash attention
-   walks its scores, and never holds `[tokens, vocabulary]` of anything.
+   walks its scores. `[tokens, vocabulary]` of anything is only ever held where that is small.
 
 The tree pass plugs into transformers through its registries of attention and mask functions; the
 model's own decoder code runs. Architectures that are not proven equal by a test are scored as
@@ -48,6 +48,8 @@ _IMPLEMENTATION = "sso_trees"
 _CPU_PASS_TOKENS = 1024
 _TILE_BYTES = {"cpu": 2 << 20}
 _GPU_TILE_BYTES = 64 << 20
+# A trained head's probabilities are kept for the backward pass if all of them fit in here.
+_KEPT_BYTES = 160 << 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Tree:
 
     prompt: list[int]
     responses: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a pass computes: no response's last one, and nothing if there is none."""
+        lengths = [len(response) for response in self.responses if response]
+        return len(self.prompt) + sum(lengths) - len(lengths) if lengths else 0
 
 
 @overload
@@ -296,13 +304,12 @@ def _passes(trees: Sequence[Tree], max_tokens: int | None) -> Iterator[list[tupl
     group: list[tuple[Tree, int]] = []
     tokens = first = 0
     for tree in trees:
-        if any(tree.responses):
-            size = len(tree.prompt) + sum(len(r) - 1 for r in tree.responses if r)
-            if group and max_tokens and tokens + size > max_tokens:
+        if tree.tokens:
+            if group and max_tokens and tokens + tree.tokens > max_tokens:
                 yield group
                 group, tokens = [], 0
             group.append((tree, first))
-            tokens += size
+            tokens += tree.tokens
         first += len(tree.responses)
     if group:
         yield group
@@ -654,7 +661,8 @@ class _HeadLogps(torch.autograd.Function):
 
     The sum in the first line is a running, rescaled one, as in flash attention, so it is made in
     the forward pass and only scaled in the backward pass: under a frozen head nothing is computed
-    twice. A trained head needs every tile once more, because its gradient mixes all positions.
+    twice. A trained head needs every tile once more, because its gradient mixes all positions;
+    tiles are kept, each relative to the peak of its time, or computed again where they are many.
     """
 
     @staticmethod
@@ -676,6 +684,9 @@ class _HeadLogps(torch.autograd.Function):
         entropies = torch.zeros_like(logps)
         log_sums = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         expected = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        size = len(hidden) * len(weight) * weight.element_size()
+        keeps = ctx.needs_input_grad[1] and size <= _KEPT_BYTES
+        tiles: list[Tensor] = []  # row by row: probabilities, and the peak they are relative to
         for at in _slices(len(hidden), rows):
             h = hidden[at]
             peak = torch.full((len(h), 1), -torch.inf, dtype=wide, device=h.device)
@@ -688,14 +699,16 @@ class _HeadLogps(torch.autograd.Function):
                 shrink = (peak - higher).exp_()
                 peak = higher
                 slope = None if cap is None else 1 - (logits / cap).square_()
-                kept = logits.clone() if entropy else None
+                whole = logits.clone() if entropy else None
                 p = logits.sub_(peak).exp_()
                 mass = mass * shrink + p.sum(-1, keepdim=True)
-                if kept is not None:
-                    mean = mean * shrink + kept.mul_(p).sum(-1, keepdim=True)
+                if whole is not None:
+                    mean = mean * shrink + whole.mul_(p).sum(-1, keepdim=True)
+                p = (p if slope is None else p.mul_(slope)).to(w.dtype)
                 if expected is not None:
-                    p = p if slope is None else p.mul_(slope)
-                    direction = direction.mul_(shrink).add_(p.to(w.dtype) @ w)
+                    direction = direction.mul_(shrink).add_(p @ w)
+                if keeps:
+                    tiles += p, peak
             log_sum = peak.to(finest) + mass.log()
             log_sums[at] = log_sum.squeeze(-1).to(wide)
             logps[at] = picked[at].to(finest) - log_sum.squeeze(-1)
@@ -703,7 +716,7 @@ class _HeadLogps(torch.autograd.Function):
                 entropies[at] = (log_sum - mean / mass).squeeze(-1)
             if expected is not None:
                 expected[at] = (direction / mass).to(expected.dtype)
-        ctx.save_for_backward(hidden, weight, targets, picked, log_sums, expected)
+        ctx.save_for_backward(hidden, weight, targets, picked, log_sums, expected, *tiles)
         ctx.cap, ctx.tile = cap, (rows, columns)
         ctx.mark_non_differentiable(entropies)
         return logps, entropies
@@ -711,7 +724,7 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, picked, log_sums, expected = ctx.saved_tensors
+        hidden, weight, targets, picked, log_sums, expected, *tiles = ctx.saved_tensors
         cap, (rows, columns) = ctx.cap, ctx.tile
         grad = grad.to(log_sums.dtype)[:, None]
         own = 1.0 if cap is None else 1 - (picked / cap).square()[:, None]
@@ -721,19 +734,25 @@ class _HeadLogps(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scaled = (-grad * hidden).to(hidden.dtype)  # [scored, width]
             grad_weight = torch.empty_like(weight)
-            for columns_at in _slices(len(weight), columns):
-                w = weight[columns_at]
+            columns_at = _slices(len(weight), columns)
+            for column, where in enumerate(columns_at):
+                w = weight[where]
                 tile_grad = torch.zeros_like(w, dtype=log_sums.dtype)
-                for at in _slices(len(hidden), rows):
-                    logits = _soft_cap((hidden[at] @ w.T).to(log_sums.dtype), cap)
-                    slope = None if cap is None else 1 - (logits / cap).square_()
-                    p = logits.sub_(log_sums[at][:, None]).exp_()
-                    p = p if slope is None else p.mul_(slope)
-                    if p.dtype == w.dtype:
-                        torch.addmm(tile_grad, p.T, scaled[at], out=tile_grad)
+                for row, at in enumerate(_slices(len(hidden), rows)):
+                    factor = scaled[at]
+                    if tiles:
+                        p, peak = tiles[2 * (row * len(columns_at) + column) :][:2]
+                        factor = factor * (peak - log_sums[at][:, None]).exp_().to(factor.dtype)
                     else:
-                        tile_grad += p.to(w.dtype).T @ scaled[at]
-                grad_weight[columns_at] = tile_grad
+                        logits = _soft_cap((hidden[at] @ w.T).to(log_sums.dtype), cap)
+                        slope = None if cap is None else 1 - (logits / cap).square_()
+                        p = logits.sub_(log_sums[at][:, None]).exp_()
+                        p = (p if slope is None else p.mul_(slope)).to(w.dtype)
+                    if p.dtype == tile_grad.dtype:
+                        torch.addmm(tile_grad, p.T, factor, out=tile_grad)
+                    else:
+                        tile_grad += p.T @ factor
+                grad_weight[where] = tile_grad
             grad_weight.index_add_(0, targets, (-own * scaled).to(grad_weight.dtype))
         return grad_hidden, grad_weight, None, None, None, None
 

@@ -34,40 +34,69 @@ def record(name="a", **changes):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 23])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_rank_makes_equally_many_batches_of_equal_size(count, world):
-    plans = [
-        plan_batches(count, batch_size=4, seed=1, epoch=2, passes=3, rank=rank, world=world)
-        for rank in range(world)
-    ]
-    sizes = [[len(batch) for batch in plan] for plan in plans]
-    assert sizes == [sizes[0]] * world
-    per_pass = len(plans[0]) // 3
+@pytest.mark.parametrize("max_tokens", [None, 9, 1000])
+def test_every_process_makes_equally_many_batches(count, world, max_tokens):
+    sizes = [1 + 7 * i % 10 for i in range(count)]
+    settings = {"batch_size": 4, "max_tokens": max_tokens, "seed": 1, "epoch": 2, "world": world}
+    plan = plan_batches(sizes, passes=3, **settings)
+    assert len(plan) % 3 == 0
+    for turn in plan:
+        assert len(turn) == world
+        assert all(1 <= len(batch) <= 4 for batch in turn)
+        if max_tokens is None:
+            assert len({len(batch) for batch in turn}) == 1
+        else:
+            assert all(len(b) == 1 or sum(sizes[i] for i in b) <= max_tokens for b in turn)
+    per_pass = len(plan) // 3
     for number in range(3):
-        one_pass = [
-            i
-            for plan in plans
-            for b in plan[number * per_pass : (number + 1) * per_pass]
-            for i in b
-        ]
-        assert len(one_pass) == len({*one_pass}) == count - count % world
+        turns = plan[number * per_pass : (number + 1) * per_pass]
+        seen = [i for turn in turns for batch in turn for i in batch]
+        assert len(seen) == len({*seen})
+        assert len(seen) > count - world
+        if max_tokens and count >= 7:  # enough to share out: nobody sits out
+            assert len(seen) == count
 
 
 def test_every_record_is_seen_once_a_pass():
-    plan = plan_batches(10, batch_size=4, seed=1, epoch=0, passes=2)
-    assert [len(batch) for batch in plan] == [4, 4, 2, 4, 4, 2]
-    assert Counter(i for batch in plan for i in batch) == dict.fromkeys(range(10), 2)
+    plan = plan_batches([5] * 10, batch_size=4, seed=1, epoch=0, passes=2)
+    assert [len(batch) for (batch,) in plan] == [4, 4, 2, 4, 4, 2]
+    assert Counter(i for (batch,) in plan for i in batch) == dict.fromkeys(range(10), 2)
     first, second = plan[:3], plan[3:]
     assert first != second
 
 
-def test_order_is_a_function_of_seed_and_epoch():
+@pytest.mark.parametrize("max_tokens", [None, 30])
+def test_order_is_a_function_of_seed_and_epoch(max_tokens):
     def plan(seed, epoch):
-        return plan_batches(20, batch_size=20, seed=seed, epoch=epoch)[0]
+        settings = {"batch_size": 20, "max_tokens": max_tokens, "seed": seed, "epoch": epoch}
+        return plan_batches(range(1, 21), **settings)
 
     assert plan(1, 1) == plan(1, 1)
     assert plan(1, 1) != plan(1, 2)
     assert plan(1, 1) != plan(2, 1)
-    assert plan(1, 1) != sorted(plan(1, 1))
+    order = [i for (batch,) in plan(1, 1) for i in batch]
+    assert order != sorted(order)
+
+
+def test_a_token_budget_worked_by_hand():
+    """Sizes 1 to 6 and 20 under a budget of 7 in one window: 1+2+3, 4, 5, 6, and 20 alone.
+
+    For two processes there is one batch too few, so 1+2+3 becomes 1 and 2+3; neighbours in size
+    go to the same turn.
+    """
+    sizes = [6, 20, 1, 5, 2, 4, 3]
+    settings = {"batch_size": 8, "max_tokens": 7, "seed": 0, "epoch": 0}
+    alone = plan_batches(sizes, **settings)
+    in_sizes = sorted([sorted(sizes[i] for i in batch) for (batch,) in alone])
+    assert in_sizes == [[1, 2, 3], [4], [5], [6], [20]]
+    both = plan_batches(sizes, world=2, **settings)
+    in_sizes = sorted([[sorted(sizes[i] for i in batch) for batch in turn] for turn in both])
+    assert in_sizes == [[[1], [2, 3]], [[4], [5]], [[6], [20]]]
+
+
+def test_a_batch_size_bounds_a_token_budget():
+    plan = plan_batches([1] * 7, batch_size=3, max_tokens=100, seed=0, epoch=0)
+    assert sorted(len(batch) for (batch,) in plan) == [1, 3, 3]
 
 
 def test_scales_worked_by_hand():
@@ -77,7 +106,7 @@ def test_scales_worked_by_hand():
     2 * 1/1 for the window that ends early.
     """
     sizes = [4, 4, 4, 2, 1]
-    planned = PlannedBatches([record()], [[0] * size for size in sizes], PAIR, accumulate=2)
+    planned = PlannedBatches([record()], [[[0] * size] for size in sizes], PAIR, accumulate=2)
     assert [planned[i].scale for i in range(5)] == pytest.approx([1, 1, 4 / 3, 2 / 3, 2])
     assert [planned[i].closes_step for i in range(5)] == [False, True, False, True, True]
     with pytest.raises(IndexError):
@@ -85,14 +114,27 @@ def test_scales_worked_by_hand():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 5])
-def test_a_window_is_the_mean_over_its_examples(accumulate):
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [[[0, 1, 2]], [[3, 4, 5]], [[6, 7]], [[8, 9, 10]]],
+        [[[0, 1, 2], [3]], [[4], [5]], [[6, 7], [8, 9]], [[10], [2, 3]]],
+    ],
+    ids=["one process", "two processes"],
+)
+def test_a_window_is_the_mean_over_its_examples(accumulate, turns):
+    """Also where the batches of the processes differ in size: they average their gradients."""
     losses = torch.arange(1.0, 12.0) ** 2
-    batches = [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9, 10]]
-    planned = PlannedBatches([record()] * 11, batches, PAIR, accumulate)
+    world = len(turns[0])
     for first in range(0, 4, accumulate):
         window = range(first, min(first + accumulate, 4))
-        step = sum(losses[batches[i]].mean() * planned[i].scale / accumulate for i in window)
-        examples = [j for i in window for j in batches[i]]
+        step = 0
+        for rank in range(world):
+            planned = PlannedBatches([record()] * 11, turns, PAIR, accumulate, rank=rank)
+            for i in window:
+                loss = losses[turns[i][rank]].mean() * planned[i].scale / accumulate
+                step += loss / world
+        examples = [j for i in window for batch in turns[i] for j in batch]
         assert step.item() == pytest.approx(losses[examples].mean().item())
 
 
@@ -238,6 +280,6 @@ def test_sampled_ids_are_kept_and_another_template_is_refused(renderer, tmp_path
 
 def test_a_limited_epoch_closes_its_last_window():
     """Three batches of 2, 2 and 1 by windows of 2, of which only one batch is asked for."""
-    planned = PlannedBatches([record()] * 5, [[0, 1], [2, 3], [4]], PAIR, 2, limit=1)
+    planned = PlannedBatches([record()] * 5, [[[0, 1]], [[2, 3]], [[4]]], PAIR, 2, limit=1)
     assert planned[0].closes_step
     assert planned[0].scale == 2.0  # alone in its window: the trainer divides by 2

@@ -364,6 +364,33 @@ def test_users_own_classes_and_early_stop(home, tiny_model, tmp_path, monkeypatc
     assert (tmp_path / "run" / "export" / "config.json").is_file()
 
 
+def test_a_token_budget_changes_no_step(home, tiny_model, tmp_path):
+    """One step over eight records, all in one batch or each in a batch of its own."""
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
+    common = {"epochs": 1, "model__optimizer": sgd, "data__batch_size": 8}
+    whole = config(home, tiny_model, tmp_path / "whole", **common, data__max_tokens=100_000)
+    assert main("fit", "--config", whole) == 0
+    split = config(home, tiny_model, tmp_path / "split", **common, data__max_tokens=1)
+    assert main("fit", "--config", split, "--trainer.accumulate_grad_batches", 8) == 0
+    ours, theirs = state(tmp_path / "whole"), state(tmp_path / "split")
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-6)
+    steps = [
+        [float(r["train/loss"]) for r in rows(tmp_path / name) if r.get("train/loss")]
+        for name in ("whole", "split")
+    ]
+    assert len(steps[0]) == 1
+    assert steps[1] == pytest.approx(steps[0])
+
+
+def test_a_budget_leaves_the_steps_of_a_run_open(home, tiny_model, tmp_path, sso):
+    path = config(home, tiny_model, tmp_path / "run", data__max_tokens=100)
+    status, _, err = sso("fit", "--config", path, "--model.schedule.restart", "false")
+    assert status == 2
+    assert "model.schedule.restart" in err
+    assert "data.max_tokens" in err
+
+
 # ------------------------------------------------------------------------------------ two processes
 
 

@@ -113,7 +113,10 @@ def assert_same_gradients(left, right, tolerance):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_float64_equals_plain_forwards(name, caplog):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_float64_equals_plain_forwards(name, keeps, caplog, monkeypatch):
+    if not keeps:
+        monkeypatch.setattr("sso_lightning.scoring._KEPT_BYTES", 0)
     model = make(name, torch.float64)
     want, want_grads = gradients(model, alone)
     with caplog.at_level(logging.WARNING):
@@ -126,7 +129,10 @@ def test_float64_equals_plain_forwards(name, caplog):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("settings", [{}, {"max_tokens": 15, "chunk_bytes": 300}])
-def test_float32_equals_plain_forwards(name, settings):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_float32_equals_plain_forwards(name, settings, keeps, monkeypatch):
+    if not keeps:
+        monkeypatch.setattr("sso_lightning.scoring._KEPT_BYTES", 0)
     model = make(name)
     want, want_grads = gradients(model, alone)
     got, grads = gradients(model, lambda m, t: ours(m, t, **settings))
@@ -329,13 +335,16 @@ def test_rope_that_depends_on_the_row_is_scored_as_rows():
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_flops_tokens_and_positions_are_the_closed_form(gradient):
+@pytest.mark.parametrize("kept", [True, False])
+def test_flops_tokens_and_positions_are_the_closed_form(gradient, kept, monkeypatch):
     """Prompts once, the head and the last MLP on scored positions only, every tile as planned.
 
     Per token and layer the products are q, o (32x32), k, v (32x16) and three MLP matrices (32x48).
-    The head costs one product without gradient and four with one: logits, the gradient of its
-    input, and in the backward pass the logits again and the gradient of its weight.
+    The head costs one product without gradient and three with one: logits, the gradient of its
+    input, the gradient of its weight. Where its tiles are not kept, the logits are made twice.
     """
+    if not kept:
+        monkeypatch.setattr("sso_lightning.scoring._KEPT_BYTES", 0)
     model = make("qwen2")
     trees = [Tree([1] * 20, [[2] * 7, [3] * 11]), Tree([4] * 9, [[5] * 3])]
     tokens = (20 + 6 + 10) + (9 + 2)
@@ -356,7 +365,7 @@ def test_flops_tokens_and_positions_are_the_closed_form(gradient):
         for operator, flops in by_operator.items()
         if str(operator) in ("aten.mm", "aten.addmm", "aten.bmm")
     )
-    assert products == (3 * body + 4 * head if gradient else body + head)
+    assert products == (3 * body + (3 if kept else 4) * head if gradient else body + head)
     row = scoring._Row([(trees[0], 0), (trees[1], 2)], torch.device("cpu"))
     assert (len(row.ids), len(row.scored)) == (tokens, scored)
 
