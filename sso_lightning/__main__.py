@@ -128,9 +128,11 @@ def _export(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     from transformers.utils import logging
 
+    from sso_lightning.checkpoints import check_checkpoint
     from sso_lightning.policy import export_checkpoint
 
     logging.disable_progress_bar()
+    check_checkpoint(given.checkpoint)
     export_checkpoint(given.checkpoint, given.out, merge=given.merge)
     sys.stdout.write(f"exported to {given.out}\n")
     return 0

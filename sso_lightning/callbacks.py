@@ -100,6 +100,8 @@ class RegeneratePairs(Callback):
         self.score_tokens = score_tokens
         self.shard_size = shard_size
         self._trainer: pl.Trainer
+        self._writer: dict[str, str] = {}
+        self._resumed_writer: dict[str, str] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach to the data module; check files and chat template before weights are loaded."""
@@ -144,8 +146,18 @@ class RegeneratePairs(Callback):
             score_tokens=self.score_tokens,
             shard_size=self.shard_size,
             forward_context=self._forward_context,
-            moved=self._resumed_within(),
+            writer=self._resumed_writer if self._resumed_within() else None,
+            # the set of the first iteration is by a policy that no checkpoint holds
+            replaces=trainer.state.fn == "fit" and iteration > 0,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Who wrote the set in training."""
+        return {"writer": self._writer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with a set of that policy only, when the checkpoint is from within an iteration."""
+        self._writer = self._resumed_writer = state_dict["writer"]
 
     def _resumed_within(self) -> bool:
         """Whether a fit goes on in the middle of the current iteration."""
@@ -175,6 +187,7 @@ class RegeneratePairs(Callback):
         with self._first_process_only() as mine:
             if mine:
                 records, report = builder.build(queries, folder)
+                self._writer = {"policy": records[0].policy, "adapter": records[0].adapter}
                 self._announce(records, report, name)
         return load_records(folder)
 

@@ -1,4 +1,9 @@
-"""Checkpoints that are whole or not there, signals that end a fit with one, and random state."""
+"""Checkpoints that are whole or not there, signals that end a fit with one, and random state.
+
+A run continues from `last.ckpt`, or from the newest checkpoint before it that is whole. What it
+does then is what the uninterrupted run did: weights, moments, random numbers of every process,
+batches, pairs and rows of metrics.csv.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,108 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import threading
+import zipfile
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from sso_lightning.errors import Stopped
+from sso_lightning.errors import InputError, Stopped
 from sso_lightning.records import replace_file
-from sso_lightning.runs import RunLogger
+from sso_lightning.runs import RunLogger, slurm_job
 
 log = logging.getLogger("sso_lightning")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; its tensors stay on disk until they are used.
+
+    Args:
+        path: A `.ckpt` file.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a flipped bit can surface as almost any of them
+        raise InputError(f"{path} is damaged or not a checkpoint") from error
+    if not isinstance(content, dict) or not {"state_dict", "global_step"} <= content.keys():
+        raise InputError(f"{path} is not a checkpoint")
+    return content
+
+
+def check_checkpoint(path: Path) -> None:
+    """Make sure that a checkpoint is whole, before a large model is loaded.
+
+    Args:
+        path: A `.ckpt` file.
+
+    Raises:
+        InputError: It is cut off, has a flipped bit, or is not a checkpoint.
+    """
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}")
+    # torch writes a zip archive with a checksum of every tensor but is built not to check them: a
+    # flipped bit in a weight would be trained on. This reads the file once, in pieces; reading it
+    # for the run then finds it in the system's file cache and maps it, also for many processes.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # a flipped bit can surface as almost any of them
+        raise InputError(f"{path} is damaged or not a checkpoint") from error
+    if broken:
+        raise InputError(f"{path} is damaged ({broken} has another checksum)")
+    read_checkpoint(path)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
+    """Find the checkpoint to go on with.
+
+    Args:
+        folder: `checkpoints/` of a run.
+
+    Returns:
+        `last.ckpt`, or if that is damaged the newest other one by the step that it holds (None if
+        no file is whole); and the damaged files that were met.
+    """
+    damaged = []
+
+    def is_whole(path: Path) -> bool:
+        try:
+            check_checkpoint(path)
+        except InputError:
+            damaged.append(path)
+            return False
+        return True
+
+    def time(path: Path) -> float:
+        return path.stat().st_mtime
+
+    last = set(folder.glob("last*.ckpt"))
+    for path in sorted(last, key=time, reverse=True):
+        if is_whole(path):
+            return path, damaged
+    age = {}
+    for path in sorted(set(folder.glob("*.ckpt")) - last):
+        try:  # this reads little more than the numbers
+            age[path] = (read_checkpoint(path)["global_step"], time(path))
+        except InputError:
+            damaged.append(path)
+    for path in sorted(age, key=age.__getitem__, reverse=True):
+        if is_whole(path):
+            return path, damaged
+    return None, damaged
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -39,6 +128,12 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Write beside the file, sync, rename."""
         replace_file(Path(path), partial(torch.save, checkpoint))
 
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Map the file, which all processes of a machine share; nothing in it is unpickled."""
+        return read_checkpoint(Path(path))
+
 
 class Checkpoints(ModelCheckpoint):
     """Keeps a checkpoint of every iteration (and `last.ckpt`) in `checkpoints/` of the run.
@@ -47,6 +142,9 @@ class Checkpoints(ModelCheckpoint):
     `end_with`). Within an iteration it ends after the optimizer step that is under way, with that
     state in `last.ckpt`; a validation that has begun is finished. While pairs are made there is
     nothing to save, and it ends at once. A second Ctrl-C ends at once in any case.
+
+    Under SLURM the requeue signal (SIGUSR1) ends it in the same way and puts the job back into
+    the queue; started again by SLURM, the same command continues.
     """
 
     def __init__(self, every_n_steps: int | None = None, keep: int = -1) -> None:
@@ -57,6 +155,8 @@ class Checkpoints(ModelCheckpoint):
                 end of an iteration.
             keep: How many to keep, the newest ones; -1 keeps all.
         """
+        if every_n_steps is not None and every_n_steps < 1:
+            raise InputError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
         super().__init__(
             filename="iteration-{epoch:02d}-step-{step}",
             auto_insert_metric_name=False,
@@ -64,13 +164,17 @@ class Checkpoints(ModelCheckpoint):
             mode="max",
             save_top_k=keep,
             save_last=True,
-            every_n_train_steps=every_n_steps,
-            every_n_epochs=None if every_n_steps else 1,
+            every_n_epochs=1,
             save_on_train_epoch_end=True,
+            # a run that went back writes its files anew: last.ckpt is never an older one
+            enable_version_counter=False,
         )
+        self.every_n_steps = every_n_steps
         self._end: BaseException | None = None
         self._training = False
         self._ends_now = False
+        self._requeue_signal: int | None = None
+        self._requeues = False
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -80,12 +184,16 @@ class Checkpoints(ModelCheckpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if stage == "fit" and threading.current_thread() is threading.main_thread():
-            signals = [signal.SIGINT]
-            if not SLURMEnvironment.detect():  # there the trainer requeues the job
-                signals += [signal.SIGTERM, signal.SIGUSR1]
-                # the trainer's own handler would end the run within an accumulation window
-                trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+            cluster = trainer._accelerator_connector.cluster_environment
+            if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue:
+                assert cluster.requeue_signal is not None
+                self._requeue_signal = cluster.requeue_signal
+                signals.add(cluster.requeue_signal)
+            # the trainer's own handler would end the run within an accumulation window
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
             self._process = os.getpid()
+            self._is_first = trainer.is_global_zero
             self._handlers = {s: signal.signal(s, self._on_signal) for s in signals}
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -93,18 +201,35 @@ class Checkpoints(ModelCheckpoint):
             return
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         self.end_with(Stopped(signum))
+        self._requeues = signum == self._requeue_signal
         if not self._training:
-            raise Stopped(signum)
+            self._finish()
         log.warning("%s: ending after this step", signal.Signals(signum).name)
 
     def end_with(self, reason: BaseException) -> None:
         """Raise `reason` when the state after this optimizer step is saved."""
         self._end = self._end or reason
 
+    def _finish(self) -> NoReturn:
+        assert self._end is not None
+        if self._requeues and self._is_first:
+            _requeue()
+        raise self._end
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
     def _saved_to_end(self, trainer: pl.Trainer) -> bool:
         """Save if any process was asked to end: they end together."""
-        ends = trainer.strategy.reduce_boolean_decision(self._end is not None, all=False)
+
+        def anywhere(decision: bool) -> bool:
+            return trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+        ends = anywhere(self._end is not None)
         if ends:
+            self._requeues = anywhere(self._requeues)
             self.end_with(Stopped(signal.SIGTERM))
             if not self._should_skip_saving_checkpoint(trainer):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -116,8 +241,7 @@ class Checkpoints(ModelCheckpoint):
         """End here if asked to: the last step is saved and logged."""
         self._training = True  # no epoch hook is called in every kind of resume
         if self._ends_now:
-            assert self._end is not None
-            raise self._end
+            self._finish()
 
     def on_train_batch_end(
         self,
@@ -128,20 +252,20 @@ class Checkpoints(ModelCheckpoint):
         batch_idx: int,
     ) -> None:
         """Save if it is time or the run is to end, but never within an accumulation window."""
-        if not batch.closes_step:
+        # after the last step of an iteration its own checkpoint comes, when it was validated
+        if not batch.closes_step or batch_idx + 1 >= trainer.num_training_batches:
             return
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        # after the last step of an iteration its own checkpoint comes
-        if batch_idx + 1 < trainer.num_training_batches:
-            self._ends_now = self._saved_to_end(trainer)
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save(trainer)
+        self._ends_now = self._saved_to_end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; end here if asked to, before the next iteration's pairs are made."""
         super().on_train_epoch_end(trainer, pl_module)
         self._training = False
         if self._saved_to_end(trainer):
-            assert self._end is not None
-            raise self._end
+            self._finish()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -159,18 +283,37 @@ class Checkpoints(ModelCheckpoint):
             signal.signal(*self._handlers.popitem())
 
 
+def _requeue() -> None:
+    """Put this SLURM job back into the queue, under its own id."""
+    command = ["scontrol", "requeue", slurm_job()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        said = done.stderr.strip() or f"status {done.returncode}"
+    except OSError as error:
+        said = str(error)
+    else:
+        if done.returncode == 0:
+            log.warning("job %s is in the queue again and will continue", command[-1])
+            return
+    log.warning("%s failed (%s); submit the job again", " ".join(command), said)
+
+
 class RunState(Callback):
     """Saves and restores the random number generators, and lets metrics.csv continue."""
 
     def __init__(self) -> None:
-        self._restored: dict[str, Any] = {}
+        self._restored: list[dict[str, Any]] = []
         self._steps: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """States of Python's, NumPy's and torch's generators, as plain values and tensors."""
+        """States of Python's, NumPy's and torch's generators of every process.
+
+        They are plain values and tensors. All processes must call this together, as they do to
+        save a checkpoint.
+        """
         version, internal, gauss = random.getstate()
         kind, keys, position, has_gauss, cached = np.random.get_state()
-        return {
+        own = {
             "python": [version, list(internal), gauss],
             "numpy": [
                 kind,
@@ -182,16 +325,35 @@ class RunState(Callback):
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        if not (dist.is_available() and dist.is_initialized()):
+            return {"ranks": [own]}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until training starts: set-up draws random numbers too."""
-        self._restored = state_dict
+        self._restored = state_dict.get("ranks", [state_dict])  # 0.1.0 saved those of one process
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the generators as they were."""
-        state = self._restored
-        if not state:
+        """Set the generators as they were.
+
+        Raises:
+            InputError: The run goes on within an iteration with another number of processes, which
+                would not see the same batches.
+        """
+        if not self._restored:
             return
+        states, self._restored = self._restored, []
+        if len(states) != trainer.world_size:
+            if trainer.datamodule.batches_done(trainer.current_epoch):  # type: ignore[attr-defined]
+                raise InputError(
+                    f"the checkpoint was taken within an iteration by {len(states)} processes, and "
+                    f"now there are {trainer.world_size}: continue with as many (trainer.devices, "
+                    "trainer.num_nodes), or from the end of an iteration (--ckpt_path FILE)"
+                )
+            return
+        state = states[trainer.global_rank]
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
         kind, keys, *rest = state["numpy"]
@@ -199,7 +361,6 @@ class RunState(Callback):
         torch.set_rng_state(state["torch"].cpu())
         if state["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-        self._restored = {}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

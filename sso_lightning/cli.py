@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,14 +12,15 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sso_lightning.callbacks import ExportPolicy, Guard, RegeneratePairs
-from sso_lightning.checkpoints import Checkpoints, RunState
+from sso_lightning.checkpoints import Checkpoints, RunState, check_checkpoint, newest_whole
 from sso_lightning.data import SSODataModule
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
-from sso_lightning.runs import RunLogger, SaveConfig, claim_run_folder
+from sso_lightning.runs import RunLogger, SaveConfig, claim_run_folder, is_requeued
 
 log = logging.getLogger("sso_lightning")
 
@@ -60,42 +60,54 @@ class SSOCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a missing checkpoint, or two runs in one folder, before anything is loaded."""
+        """Refuse a damaged checkpoint, or two runs in one folder, before anything is loaded."""
         checkpoint = self._get(self.config, "ckpt_path")
-        if (
-            checkpoint
-            and checkpoint not in ("last", "best", "hpc")
-            and not Path(checkpoint).exists()
-        ):
-            raise InputError(f"--ckpt_path: no checkpoint {checkpoint}")
+        fitting = self.subcommand == "fit"
+        if fitting and not checkpoint and is_requeued(self._root):
+            log.info("SLURM started this job again: continuing %s", self._root)
+            checkpoint = "last"
         if checkpoint == "last":
             # the trainer looks for it before callbacks are set up, in a folder named after the
             # logger, and starts from nothing if it is not there
-            folder = self._root / "checkpoints"
-            newest = max(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime, default=None)
-            if newest:
-                self.config[self.subcommand].ckpt_path = str(newest)
-            elif self.subcommand == "fit" and (self._root / "pairs").is_dir():
-                log.info("no checkpoint in %s; starting with the pairs that are there", folder)
-                self.config[self.subcommand].ckpt_path = None
-            else:
-                raise InputError(f"--ckpt_path last: no checkpoint in {folder}")
-        if self.subcommand == "fit" and not checkpoint and not self._get(self.config, "overwrite"):
+            last = self._last_checkpoint()
+            self.config[self.subcommand].ckpt_path = str(last) if last else None
+            if fitting:
+                self.config[self.subcommand].overwrite = False
+        elif checkpoint and checkpoint != "best":
+            if not Path(checkpoint).exists():
+                raise InputError(f"--ckpt_path: no checkpoint {checkpoint}")
+            if Path(checkpoint).is_file():
+                check_checkpoint(Path(checkpoint))
+        if fitting and not checkpoint and not self._get(self.config, "overwrite"):
             claim_run_folder(self._root)
+
+    def _last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; None if there is no file, but pairs to start with."""
+        folder = self._root / "checkpoints"
+        newest, damaged = newest_whole(folder)
+        names = ", ".join(path.name for path in damaged)
+        if newest is None and damaged:
+            raise InputError(
+                f"--ckpt_path last: no checkpoint in {folder} is whole ({names}); remove them to "
+                "start with the pairs that are there, or start anew with --overwrite true alone"
+            )
+        if newest is None and self.subcommand == "fit" and (self._root / "pairs").is_dir():
+            log.info("no checkpoint in %s; starting with the pairs that are there", folder)
+        elif newest is None:
+            raise InputError(f"--ckpt_path last: no checkpoint in {folder}")
+        elif damaged and self.subcommand == "fit":
+            rank_zero_only(log.warning)(
+                "damaged in %s: %s; continuing with %s", folder, names, newest.name
+            )
+        elif damaged:  # a run only loses time by going back, but these would be other numbers
+            raise InputError(
+                f"--ckpt_path last: damaged in {folder}: {names}; the newest whole checkpoint is "
+                f"{newest}: give it by its name"
+            )
+        return newest
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: settings come from the YAML, and reading a large checkpoint twice takes time."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; a checkpoint that cannot be read is the user's to mend."""
-        try:
-            super()._run_subcommand(subcommand)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            unreadable = isinstance(error, pickle.UnpicklingError) or "PytorchStream" in str(error)
-            if not unreadable:
-                raise
-            path = self._get(self.config, "ckpt_path")
-            raise InputError(f"--ckpt_path: {path} is damaged or not a checkpoint") from error
 
     @property
     def _root(self) -> Path:

@@ -439,7 +439,12 @@ class SSODataModule(pl.LightningDataModule):
 
     def _loader(self, dataset: PlannedBatches, start: int = 0) -> DataLoader[PairBatch]:
         order = _From(start, len(dataset))
-        return DataLoader(dataset, batch_size=None, sampler=order, num_workers=self.num_workers)
+        # a loader draws a seed when it starts: from a generator of its own, or a resumed run, which
+        # starts another number of loaders, would go on with other random numbers
+        own = torch.Generator().manual_seed(self.seed)
+        return DataLoader(
+            dataset, batch_size=None, sampler=order, num_workers=self.num_workers, generator=own
+        )
 
     def _held_out(self, records: Sequence[Record]) -> DataLoader[PairBatch]:
         rank, world = self._trainer.global_rank, self._trainer.world_size

@@ -121,8 +121,11 @@ class PairBuilder:
         score_tokens: Token budget of one scoring batch.
         shard_size: Queries per shard.
         forward_context: Entered around the policy's forward passes (the trainer's precision).
-        moved: The policy may have been trained since it wrote the set (a run resumed within the
-            iteration); otherwise a set written by another policy is refused.
+        writer: Hashes of the policy that wrote the set, if the policy has been trained since (a
+            run resumed within the iteration; empty if they are not known). The set must be there.
+            None means the policy as it is.
+        replaces: Set a set of another policy aside and build it anew, instead of refusing it: a
+            run that went back to an earlier checkpoint need not come to the same weights.
         show_progress: Draw a progress bar.
     """
 
@@ -137,7 +140,8 @@ class PairBuilder:
     score_tokens: int = 16384
     shard_size: int = 256
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    moved: bool = False
+    writer: Mapping[str, str] | None = None
+    replaces: bool = False
     show_progress: bool = True
     _new_tokens: int = field(default=0, init=False)
 
@@ -185,20 +189,36 @@ class PairBuilder:
             "max_prompt_tokens": self.max_prompt_tokens,
             "shard_size": self.shard_size,
         }
-        base, adapter = fingerprint(self.model)
-        writer = {"policy": base, "adapter": adapter}
+        if self.writer is None:
+            base, adapter = fingerprint(self.model)
+            expected = asked | {"policy": base, "adapter": adapter}
+        else:
+            expected = asked | dict(self.writer)
         if (folder / "manifest.json").exists():
             store = PairStore(folder)
-            if store.complete:
-                expected = asked if self.moved else asked | writer
-                wrong = [k for k, v in expected.items() if store.identity.get(k) != v]
-                if wrong:
-                    raise InputError(
-                        f"{folder}: was made with another {wrong[0]}; remove it, set that back, "
-                        "or use another trainer.default_root_dir"
-                    )
+            wrong = [k for k, v in expected.items() if store.identity.get(k) != v]
+            only_weights = {*wrong} <= {"policy", "adapter"}
+            if wrong and only_weights and self.replaces and self.writer is None:
+                aside = _set_aside(folder)
+                log.warning(
+                    "%s is by other weights than the run has now: kept as %s, made anew",
+                    folder,
+                    aside.name,
+                )
+            elif wrong and store.complete and (self.writer is None or not only_weights):
+                raise InputError(
+                    f"{folder}: was made with another {wrong[0]}; remove it, set that back, "
+                    "or use another trainer.default_root_dir"
+                )
+            elif store.complete and not wrong:
                 return store
-        return PairStore(folder, asked | writer)
+        if self.writer is not None:
+            raise InputError(
+                f"{folder}: is not (or not whole) the set that the checkpoint trains on, whose "
+                "policy has been trained since; continue from the end of an iteration "
+                "(--ckpt_path FILE), or start anew"
+            )
+        return PairStore(folder, expected)
 
     def _fill(self, store: PairStore, queries: Sequence[Query]) -> None:
         """Build the shards that are missing and finish the set."""
@@ -365,6 +385,14 @@ class PairBuilder:
         ]
         samples = self.sampler.sample(self.model, requests, stop_ids=self.renderer.stop_ids)
         return [self.renderer.decode(sample.ids) for sample in samples]
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a folder a name that no set has."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
 
 
 def digest(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +20,9 @@ from sso_lightning.errors import InputError
 
 OUTPUTS = ("metrics.csv", "pairs", "checkpoints", "export", "config.yaml")
 """What `fit` writes, and what overwriting removes."""
+
+SLURM_JOB = ".slurm-job"
+"""File of a run folder: which job began or continued the run."""
 
 
 def claim_run_folder(root: Path, *, overwrite: bool = False) -> None:
@@ -41,6 +45,21 @@ def claim_run_folder(root: Path, *, overwrite: bool = False) -> None:
         )
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def slurm_job() -> str:
+    """The id under which SLURM knows this job, with its place in an array; "" outside of SLURM."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def is_requeued(root: Path) -> bool:
+    """Whether SLURM started this job again after it had begun the run in `root`."""
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    marker = root / SLURM_JOB
+    return restarted and marker.is_file() and marker.read_text("utf-8") == slurm_job()
 
 
 class RunLogger(Logger):
@@ -162,6 +181,9 @@ class SaveConfig(SaveConfigCallback):
         root = Path(trainer.default_root_dir)
         if self.config.overwrite and not self.config.ckpt_path and trainer.is_global_zero:
             claim_run_folder(root, overwrite=True)
+        if slurm_job() and trainer.is_global_zero:
+            root.mkdir(parents=True, exist_ok=True)
+            (root / SLURM_JOB).write_text(slurm_job(), "utf-8")
         # process 0 decides for all: the others might look when it has written already
         if trainer.strategy.broadcast(not (root / self.config_filename).exists()):
             super().setup(trainer, pl_module, "fit")

@@ -35,7 +35,7 @@ MAY_IMPORT["checkpoints"] = {"errors", "records", "runs"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs"}
 # commands are imported when they are called
-MAY_IMPORT["__main__"] = {"errors", "version", "cli", "policy", "sandbox"}
+MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "sandbox"}
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse")
 NO_TORCH = ("errors", "version", "records", "prompts", "principles")
