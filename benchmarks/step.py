@@ -11,7 +11,8 @@ of the machine falls on all of them. A step is forward, loss and backward (no op
 
 | variant | what it does |
 |---|---|
-| `ours` | `response_logps` on the records' trees; reference in the step or given |
+| `ours` | `response_logps` on the records' trees, record by record (`--micro 0`: all at once), as
+with `data.max_tokens` or a batch size of 1 and accumulation; reference in the step or given |
 | `plain` | the authors' 2024 way: three padded forwards (one per context), rows as wide as the
 batch's longest, float32 logits of every position, the reference in the step |
 | `trl` | `DPOTrainer.compute_loss` on the collated pairs, reference in the step (extra `bench`) |
@@ -71,6 +72,7 @@ class Settings:
     dtype: str
     checkpointing: bool
     threads: int
+    micro: int
 
 
 def make_records(case: Case) -> list[dict[str, dict[str, list[int]]]]:
@@ -168,16 +170,20 @@ def ours(case: Case, settings: Settings, reference: str) -> Callable[[], Any]:
     from sso_lightning.scoring import Tree, response_logps
 
     model, objective = make_model(case, settings), SelfSteering(IPO(beta=0.2))
-    trees = [
-        Tree(record["prompts"][context], [record["responses"][name] for name in names])
-        for record in make_records(case)
-        for context, *names in PAIRS
+    records = make_records(case)
+    size = settings.micro or case.batch
+    parts = [
+        [
+            Tree(record["prompts"][context], [record["responses"][name] for name in names])
+            for record in records[start : start + size]
+            for context, *names in PAIRS
+        ]
+        for start in range(0, case.batch, size)
     ]
+    at = {(c, n): i for i, (c, n) in enumerate((c, n) for c, *ns in PAIRS for n in ns)}
 
-    def contrast(scorer: Any) -> ContrastLogps:
-        logps, lengths = response_logps(scorer, trees)
-        logps, lengths = logps.view(case.batch, -1), lengths.view(case.batch, -1)
-        at = {(c, n): i for i, (c, n) in enumerate((c, n) for c, *ns in PAIRS for n in ns)}
+    def contrast(scorer: Any, trees: list[Tree]) -> ContrastLogps:
+        logps, lengths = (values.view(-1, len(at)) for values in response_logps(scorer, trees))
         return ContrastLogps(
             {key: logps[:, i] for key, i in at.items()},
             {name: lengths[:, i] for (_, name), i in at.items()},
@@ -185,18 +191,17 @@ def ours(case: Case, settings: Settings, reference: str) -> Callable[[], Any]:
 
     frozen = make_model(case, settings).requires_grad_(False)
     with torch.no_grad():
-        given = contrast(frozen)
+        given = [contrast(frozen, trees) for trees in parts]
     if reference == "given":
         del frozen
 
     def step() -> Any:
-        if reference == "given":
-            scores = given
-        else:
-            with torch.no_grad():
-                scores = contrast(frozen)
-        loss, _ = objective(contrast(model), scores)
-        loss.backward()
+        for trees, scores in zip(parts, given, strict=True):
+            if reference == "step":
+                with torch.no_grad():
+                    scores = contrast(frozen, trees)
+            loss, _ = objective(contrast(model, trees), scores)
+            (loss * (len(trees) / len(PAIRS) / case.batch)).backward()
         return model
 
     return step
@@ -508,12 +513,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--micro", type=int, default=1, help="records per backward pass of ours")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="two rounds of m32k, batch 2")
     parser.add_argument("--growth", action="store_true", help="vary one quantity at a time")
     args = parser.parse_args()
 
-    settings = Settings(args.device, args.dtype, args.checkpointing, args.threads)
+    settings = Settings(args.device, args.dtype, args.checkpointing, args.threads, args.micro)
     if args.quick:
         cases, args.rounds = [Case("m32k", 2, seed=args.seed)], 2
     elif args.growth:

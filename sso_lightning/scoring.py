@@ -49,7 +49,7 @@ _CPU_PASS_TOKENS = 1024
 _TILE_BYTES = {"cpu": 2 << 20}
 _GPU_TILE_BYTES = 64 << 20
 # A trained head's probabilities are kept for the backward pass if all of them fit in here.
-_KEPT_BYTES = 160 << 20
+_KEPT_BYTES = 192 << 20
 
 
 @dataclass(frozen=True)
