@@ -25,6 +25,8 @@ commands:
   test      the same under test/
   predict   sample pairs for any query file (--data.predict_queries FILE)
   export    checkpoint to a Hugging Face folder: sso-lightning export CKPT OUT [--merge]
+  export-pairs  pairs for TRL, LLaMA-Factory, SFT or a reward model:
+                sso-lightning export-pairs RUN --to trl --out FILE
   sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
 
 options:
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         **dict.fromkeys(("fit", "validate", "test", "predict"), lambda _: _train(arguments)),
         "export": _export,
+        "export-pairs": _export_pairs,
         "sandbox": _sandbox,
     }
     command = commands.get(arguments[0])
@@ -125,6 +128,9 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file of a run")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--merge", action="store_true", help="fold LoRA adapters into the base")
+    parser.add_argument(
+        "--generator", action="store_true", help="the data generator of a two-phase run"
+    )
     given = parser.parse_args(arguments)
     from transformers.utils import logging
 
@@ -133,8 +139,43 @@ def _export(arguments: list[str]) -> int:
 
     logging.disable_progress_bar()
     check_checkpoint(given.checkpoint)
-    export_checkpoint(given.checkpoint, given.out, merge=given.merge)
+    export_checkpoint(given.checkpoint, given.out, merge=given.merge, generator=given.generator)
     sys.stdout.write(f"exported to {given.out}\n")
+    return 0
+
+
+def _export_pairs(arguments: list[str]) -> int:
+    from pathlib import Path
+
+    from sso_lightning.formats import COMPARED, FORMATS, export_pairs
+
+    parser = OneLineParser(
+        prog="sso-lightning export-pairs",
+        description="Write pairs as a file for another trainer, with the marks of texts that were "
+        "asked to be bad. --to: records (all there is, for this library), trl (DPOTrainer), reward "
+        "(RewardTrainer), llamafactory (ranking, with dataset_info.json), sft (good answers only), "
+        "queries.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help="a run folder, or any file, folder or hf:NAME of pairs")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
+    parser.add_argument(
+        "--out", required=True, type=Path, help=".jsonl, .json or .parquet file; must not exist"
+    )
+    parser.add_argument(
+        "--which",
+        default="query",
+        choices=COMPARED,
+        help="compare y+ and y- under the query (the default) or the good prompt, or the plain "
+        "answer and y+ under the bad one",
+    )
+    parser.add_argument("--iteration", type=int, help="only the pairs of this iteration")
+    given = parser.parse_args(arguments)
+    sys.stdout.write(
+        export_pairs(
+            given.source, given.out, given.to, which=given.which, iteration=given.iteration
+        )
+    )
     return 0
 
 

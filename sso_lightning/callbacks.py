@@ -20,7 +20,7 @@ from sso_lightning.data import PairBatch
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
 from sso_lightning.pairs import PairBuilder, digest, score
-from sso_lightning.policy import fingerprint, initial_policy, save_policy
+from sso_lightning.policy import POLICY, fingerprint, initial_policy, save_policy, speaking
 from sso_lightning.principles import PredefinedPrinciples, PrincipleSource
 from sso_lightning.records import (
     RESPONSES,
@@ -52,7 +52,8 @@ class PairCallback(Callback):
             pl_module: The module; its policy is the one that sampled.
             records: The records kept.
             report: The set's `pairs/...` numbers (see `pairs.report`).
-            name: `iteration-NN`, `iteration-NN/validation`, `validation-...` or `predict`.
+            name: `iteration-NN`, `iteration-NN/validation`, `validation-...` or `predict`; in a
+                generator phase `generator-NN` for `iteration-NN`.
         """
 
 
@@ -132,6 +133,8 @@ class RegeneratePairs(Callback):
         trainer, module = self._trainer, self._module
         # a set that is only validated needs a reference that differs from the policy that wrote it
         initial = self.reference == "initial" or trainer.state.fn in ("validate", "test")
+        if module.generator and module.trains_generator:
+            initial |= module.generator.start == "first"
         return PairBuilder(
             model=module.policy,
             renderer=module.renderer,
@@ -142,6 +145,7 @@ class RegeneratePairs(Callback):
             initial=partial(initial_policy, module.policy, module.policy_config)
             if initial
             else None,
+            policy=partial(speaking, module.policy, POLICY) if module.writer != POLICY else None,
             max_prompt_tokens=self.max_prompt_tokens,
             score_tokens=self.score_tokens,
             shard_size=self.shard_size,
@@ -179,12 +183,18 @@ class RegeneratePairs(Callback):
         Returns:
             The records, on every process.
         """
+        module = self._module
+        if name.startswith("generator") and not self._resumed_within():
+            module.start_generator()
         builder = self.builder(iteration)
-        if name == "validation":
-            # not an iteration's: every checkpoint that is validated has a set of its own
-            name = f"validation-{digest(fingerprint(builder.model))}"
-        folder = Path(self._trainer.default_root_dir) / "pairs" / name
-        with self._first_process_only() as mine:
+        with (
+            speaking(module.policy, module.writer),
+            self._first_process_only() as mine,
+        ):
+            if name == "validation":
+                # not an iteration's: every checkpoint that is validated has a set of its own
+                name = f"validation-{digest(fingerprint(module.policy))}"
+            folder = Path(self._trainer.default_root_dir) / "pairs" / name
             if mine:
                 records, report = builder.build(queries, folder)
                 self._writer = {"policy": records[0].policy, "adapter": records[0].adapter}
@@ -248,9 +258,8 @@ class RegeneratePairs(Callback):
 
     def _announce(self, records: list[Record], report: dict[str, float], name: str) -> None:
         trainer = self._trainer
-        numbers = report
-        if "validation" in name:
-            numbers = {key.replace("pairs/", "val_pairs/"): v for key, v in report.items()}
+        kind = "val_" * ("validation" in name) + "generator_" * name.startswith("generator")
+        numbers = {key.replace("pairs/", f"{kind}pairs/"): v for key, v in report.items()}
         if not self._resumed_within():  # the set's numbers were logged by the first part of the run
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,9 +31,12 @@ from sso_lightning.records import (
     stream_seed,
 )
 from sso_lightning.scoring import Tree
+from sso_lightning.sources import is_hub
 
 Sequences = Sequence[tuple[str, str]]
 
+_COUNT = "queries_per_iteration"
+_OWN = (_COUNT, "steps_per_iteration")  # where None means all, not the policy's number
 _WINDOW = 64  # batches of records that are sorted by size together
 
 
@@ -46,6 +50,23 @@ class Regenerator(Protocol):
     def score(self, records: list[Record], sequences: Sequences, name: str) -> list[Record]:
         """Add the reference's log-probabilities to records from a file."""
         ...
+
+
+@dataclass
+class GeneratorData:
+    """What a generator phase trains on, where it differs from the policy phase.
+
+    Attributes:
+        queries_per_iteration: As in `SSODataModule`; None uses all queries.
+        batch_size: Records per batch and process; None takes the policy's.
+        passes: Times every record is trained on; None takes the policy's.
+        steps_per_iteration: Most optimizer steps of the phase; None sees every record.
+    """
+
+    queries_per_iteration: int | None = None
+    batch_size: int | None = None
+    passes: int | None = None
+    steps_per_iteration: int | None = None
 
 
 class PairBatch:
@@ -247,12 +268,15 @@ class SSODataModule(pl.LightningDataModule):
         val_queries: str | None = None,
         val_pairs: str | None = None,
         predict_queries: str | None = None,
+        columns: dict[str, str | dict[str, str]] | None = None,
         queries_per_iteration: int | None = None,
         val_limit: int | None = None,
         batch_size: int = 8,
         max_tokens: int | None = None,
         val_batch_size: int | None = None,
         passes: int = 1,
+        steps_per_iteration: int | None = None,
+        generator: GeneratorData | None = None,
         retokenize: bool = False,
         num_workers: int = 0,
         seed: int = 0,
@@ -260,11 +284,14 @@ class SSODataModule(pl.LightningDataModule):
         """Set the data up. Files are read when training starts.
 
         Args:
-            queries: File of queries that get fresh pairs every iteration (.jsonl, .json, .parquet).
-            pairs: File or folder of finished pairs, for offline training instead of `queries`.
-            val_queries: File of held-out queries; their pairs are sampled with the training set's.
-            val_pairs: File or folder of held-out pairs, instead of `val_queries`.
-            predict_queries: File of queries that `predict` samples pairs for.
+            queries: Queries that get fresh pairs every iteration: a file (.jsonl, .json, .parquet,
+                .csv, .tsv), a folder, or hf:OWNER/NAME:CONFIG/SPLIT (config and split optional).
+            pairs: Finished pairs, for offline training instead of `queries`; sources as there.
+            val_queries: Held-out queries; their pairs are sampled with the training set's.
+            val_pairs: Held-out pairs, instead of `val_queries`.
+            predict_queries: Queries that `predict` samples pairs for.
+            columns: Our field to the column that holds it, such as {prompt: question, chosen:
+                best}; or, for one source alone, {val_pairs: {prompt: question}}.
             queries_per_iteration: Queries used in one iteration, taken in turn from a seeded
                 shuffle; None uses all of them every time.
             val_limit: Most held-out queries or pairs used.
@@ -274,6 +301,8 @@ class SSODataModule(pl.LightningDataModule):
                 mean over its records, however many there are.
             val_batch_size: Records per validation batch; `batch_size` if not given.
             passes: Times every record is trained on in its iteration.
+            steps_per_iteration: Most optimizer steps of an iteration; None sees every record.
+            generator: Numbers of the generator phases of a run with `model.generator`.
             retokenize: Tokenize the texts of a pair file anew, also where it holds token ids.
             num_workers: Processes that prepare batches.
             seed: Seed of queries and order; the command line sets it from `seed_everything`.
@@ -293,7 +322,10 @@ class SSODataModule(pl.LightningDataModule):
             "queries_per_iteration": queries_per_iteration,
             "val_limit": val_limit,
             "val_batch_size": val_batch_size,
+            "steps_per_iteration": steps_per_iteration,
         }
+        own = asdict(generator) if generator else {}
+        numbers |= {f"generator.{key}": value for key, value in own.items()}
         wrong = [
             f"data.{k} must be at least 1, got {v}"
             for k, v in numbers.items()
@@ -308,12 +340,16 @@ class SSODataModule(pl.LightningDataModule):
         self.val_queries = val_queries
         self.val_pairs = val_pairs
         self.predict_queries = predict_queries
+        self.columns = columns or {}
+        self._read: dict[str, list[Query]] = {}
         self.queries_per_iteration = queries_per_iteration
         self.val_limit = val_limit
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.val_batch_size = val_batch_size or batch_size
         self.passes = passes
+        self.steps_per_iteration = steps_per_iteration
+        self.generator = generator
         self.retokenize = retokenize
         self.num_workers = num_workers
         self.seed = seed
@@ -330,6 +366,10 @@ class SSODataModule(pl.LightningDataModule):
             raise InputError(
                 "set data.queries (fresh pairs every iteration) or data.pairs (offline)"
             )
+        if stage == "fit" and self._module.generator and not self.queries:
+            raise InputError("model.generator needs data.queries: it writes the pairs itself")
+        if self.generator and not self._module.generator:
+            raise InputError("data.generator is set, but model.generator is not")
         endless = self._trainer.max_steps <= 0 and not self._module.schedule.restart
         if stage == "fit" and self.queries and self.max_tokens and endless:
             raise InputError(
@@ -343,20 +383,21 @@ class SSODataModule(pl.LightningDataModule):
         """Read all files before a large model is loaded; callbacks may have made them."""
         for key in ("queries", "val_queries", "predict_queries", "pairs", "val_pairs"):
             path = getattr(self, key)
-            if path and not Path(path).exists():
+            if path and not is_hub(path) and not Path(path).exists():
                 raise InputError(f"data.{key}: no file {path}")
             if path and key.endswith("pairs"):
-                load_records(path)
+                load_records(path, self._columns(key))
             elif path:
-                queries = load_queries(path)
+                queries = self._queries(key)
                 if key == "queries":
-                    self._take(queries, 0)
+                    for count in (self.queries_per_iteration, self._of_generator.get(_COUNT)):
+                        self._take(queries, 0, count)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of the current epoch's set, built or read when they are asked for."""
         self._ensure_built()
         trainer = self._trainer
-        turns = self._plan(trainer.current_epoch)
+        turns = self._plan()
         if not turns:
             raise InputError(
                 f"iteration {trainer.current_epoch}: {len(self._train)} records are too few for "
@@ -389,7 +430,7 @@ class SSODataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PairBatch]:
         """Sample pairs for `predict_queries` into `pairs/predict` and serve them in batches."""
         assert self.predict_queries
-        records = self._regenerate(load_queries(self.predict_queries), 0, "predict")
+        records = self._regenerate(self._queries("predict_queries"), 0, "predict")
         return self._held_out(records)
 
     def state_dict(self) -> dict[str, Any]:
@@ -455,17 +496,32 @@ class SSODataModule(pl.LightningDataModule):
         turns = [[order[i : i + size]] for i in range(0, len(order), size)]
         return self._loader(PlannedBatches(records, turns, self._sequences))
 
-    def _plan(self, epoch: int) -> list[list[list[int]]]:
-        """The batches of an epoch, of all processes."""
-        return plan_batches(
+    @property
+    def _of_generator(self) -> dict[str, int | None]:
+        """Numbers of the generator phases that are not the policy's."""
+        if not self.generator:
+            return {}
+        own = asdict(self.generator)
+        return {k: v for k, v in own.items() if v is not None or k in _OWN}
+
+    def _number(self, name: str) -> Any:
+        """A number of this epoch's phase."""
+        own = self._of_generator if self._module.trains_generator else {}
+        return own.get(name, getattr(self, name))
+
+    def _plan(self) -> list[list[list[int]]]:
+        """The batches of this epoch, of all processes."""
+        turns = plan_batches(
             [sum(tree.tokens for tree in trees_of([x], self._sequences)) for x in self._train],
-            batch_size=self.batch_size,
+            batch_size=self._number("batch_size"),
             max_tokens=self.max_tokens,
             seed=self.seed,
-            epoch=epoch,
-            passes=self.passes,
+            epoch=self._module.iteration,
+            passes=self._number("passes"),
             world=self._trainer.world_size,
         )
+        steps = self._number("steps_per_iteration")
+        return turns[: steps * self._trainer.accumulate_grad_batches] if steps else turns
 
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps of one epoch if no record is dropped; for schedules over a whole run.
@@ -475,15 +531,16 @@ class SSODataModule(pl.LightningDataModule):
         """
         if self.pairs:
             self._ensure_built()
-            batches = len(self._plan(0))
+            batches = len(self._plan())
         elif self.max_tokens:
             return None
         else:
             assert self.queries
-            count = self.queries_per_iteration or len(load_queries(self.queries))
+            count = self.queries_per_iteration or len(self._queries("queries"))
             per_rank = count // self._trainer.world_size
             batches = -(-per_rank // self.batch_size) * self.passes
-        return -(-batches // self._trainer.accumulate_grad_batches)
+        steps = -(-batches // self._trainer.accumulate_grad_batches)
+        return min(steps, self.steps_per_iteration or steps)
 
     def _ensure_built(self) -> None:
         """Make or read the sets of this epoch, once, before training moves the policy."""
@@ -491,27 +548,28 @@ class SSODataModule(pl.LightningDataModule):
         if self._built == epoch and (self._train or self._val):
             return
         fitting = self._trainer.state.fn == "fit"
-        name = f"iteration-{epoch:02d}"
+        iteration = self._module.iteration
+        name = f"iteration-{iteration:02d}"
+        if self._module.trains_generator:
+            name = f"generator-{iteration:02d}"
         if fitting and self.queries:
-            self._train = self._regenerate(
-                self._take(load_queries(self.queries), epoch), epoch, name
-            )
+            queries = self._take(self._queries("queries"), iteration, self._number(_COUNT))
+            self._train = self._regenerate(queries, iteration, name)
         elif fitting and not self._train:
             assert self.pairs
-            self._train = self._offline(self.pairs, "offline")
+            self._train = self._offline("pairs", "offline")
         if self.val_pairs:
             self._val = (
-                self._val or self._offline(self.val_pairs, "offline/validation")[: self.val_limit]
+                self._val or self._offline("val_pairs", "offline/validation")[: self.val_limit]
             )
         elif self.val_queries:
-            queries = load_queries(self.val_queries)[: self.val_limit]
+            queries = self._queries("val_queries")[: self.val_limit]
             where = f"{name}/validation" if fitting else "validation"
-            self._val = self._regenerate(queries, epoch, where)
+            self._val = self._regenerate(queries, iteration, where)
         self._built = epoch
 
-    def _take(self, queries: Sequence[Query], epoch: int) -> list[Query]:
+    def _take(self, queries: Sequence[Query], iteration: int, count: int | None) -> list[Query]:
         """The queries of an iteration: fresh ones until all were used, then a new shuffle."""
-        count = self.queries_per_iteration
         if count is None:
             return list(queries)
         if count > len(queries):
@@ -519,26 +577,47 @@ class SSODataModule(pl.LightningDataModule):
                 f"data.queries_per_iteration is {count}, but {self.queries} holds {len(queries)}"
             )
         order: list[Query] = []
-        for turn in range(-(-(epoch + 1) * count // len(queries))):
+        for turn in range(-(-(iteration + 1) * count // len(queries))):
             shuffled = list(queries)
             random.Random(stream_seed(self.seed, "queries", turn)).shuffle(shuffled)
             # what the last turn's end already gave to an iteration that goes on into this one waits
             given = {q.id for q in order[len(order) - len(order) % count :]}
             order += sorted(shuffled, key=lambda q: q.id in given)
-        return order[epoch * count : (epoch + 1) * count]
+        return order[iteration * count : (iteration + 1) * count]
 
-    def _regenerate(self, queries: Sequence[Query], epoch: int, name: str) -> list[Record]:
+    def _regenerate(self, queries: Sequence[Query], iteration: int, name: str) -> list[Record]:
         if self.regenerator is None:
             raise InputError("no callback makes pairs; add sso_lightning.callbacks.RegeneratePairs")
-        return self.regenerator.build(queries, epoch, name)
+        return self.regenerator.build(queries, iteration, name)
 
-    def _offline(self, path: str, name: str) -> list[Record]:
-        """Records of a file with token ids and the reference's log-probabilities."""
+    def _columns(self, key: str) -> dict[str, str]:
+        """Our field to its column in one of the sources: its own mapping, or the common one."""
+        sources = ("queries", "pairs", "val_queries", "val_pairs", "predict_queries")
+        own = self.columns.get(key)
+        found = own if isinstance(own, dict) else self.columns
+        common = {k: v for k, v in found.items() if found is own or k not in sources}
+        wrong = [field for field, column in common.items() if not isinstance(column, str)]
+        if wrong:
+            raise InputError(
+                f"data.columns.{wrong[0]} must be the name of a column, or one of "
+                f"{', '.join(sources)} with a mapping of its own"
+            )
+        return {k: v for k, v in common.items() if isinstance(v, str)}
+
+    def _queries(self, key: str) -> list[Query]:
+        """The queries of a source, read once: a hub's may change while a run goes on."""
+        if key not in self._read:
+            self._read[key] = load_queries(getattr(self, key), self._columns(key))
+        return self._read[key]
+
+    def _offline(self, key: str, name: str) -> list[Record]:
+        """Records of a source with token ids and the reference's log-probabilities."""
         if self.regenerator is None:
             raise InputError(
                 "no callback scores pairs; add sso_lightning.callbacks.RegeneratePairs"
             )
-        records = load_records(path)
+        path = getattr(self, key)
+        records = load_records(path, self._columns(key))
         renderer = self._module.renderer
         for record in records:
             self._tokenize(record, renderer, path)

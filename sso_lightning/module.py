@@ -19,7 +19,17 @@ from sso_lightning.errors import InputError
 from sso_lightning.losses import IPO
 from sso_lightning.objectives import ContrastLogps, Objective
 from sso_lightning.pairs import columns_of
-from sso_lightning.policy import PolicyConfig, load_model, load_tokenizer
+from sso_lightning.policy import (
+    GENERATOR,
+    POLICY,
+    PolicyConfig,
+    activate,
+    adapter_weights,
+    add_generator,
+    load_model,
+    load_tokenizer,
+    set_adapter_weights,
+)
 from sso_lightning.prompts import ChatRenderer
 from sso_lightning.scoring import response_logps
 
@@ -63,6 +73,32 @@ class Schedule:
             "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
         }[self.kind]
         return self.floor + (1.0 - self.floor) * shape
+
+
+@dataclass
+class Generator:
+    """The data generator of the 2025 method: a second adapter that is trained to make the pairs.
+
+    Epochs then alternate. In a generator phase the policy writes pairs under the principles and
+    the generator learns to follow these better; in the policy phase after it the generator writes
+    the pairs, and the policy learns from them under `SSOModule`'s own objective.
+
+    Attributes:
+        objective: What trains the generator, `DataGenerator` in the paper.
+        lr: Its peak learning rate; the policy's if not given.
+        start: Where its weights begin in every iteration: at the policy's ("current", as
+            published), or at those that the run began with ("first"). They are its reference too.
+    """
+
+    objective: Objective
+    lr: float | None = None
+    start: Literal["current", "first"] = "current"
+
+    def __post_init__(self) -> None:
+        if self.start not in ("current", "first"):
+            raise InputError(f"generator.start must be current or first, got {self.start!r}")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"generator.lr must be above 0, got {self.lr}")
 
 
 class _Gathered:
@@ -114,6 +150,7 @@ class SSOModule(pl.LightningModule):
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = torch.optim.AdamW,
         schedule: Schedule | None = None,
         max_tokens: int | None = None,
+        generator: Generator | None = None,
     ) -> None:
         """Keep the settings; weights are loaded in `configure_model`.
 
@@ -123,11 +160,22 @@ class SSOModule(pl.LightningModule):
             optimizer: Optimizer class and its settings.
             schedule: Learning rate over the steps of an iteration (or of the run).
             max_tokens: Most tokens of one forward call in a step; None puts a batch in one call.
+            generator: Train a data generator too, as in the 2025 method; needs LoRA. An
+                iteration is then two epochs.
         """
         super().__init__()
         policy.check()
+        if generator and not policy.lora:
+            raise InputError(
+                "model.generator is a second adapter: set model.policy.lora, or train generator "
+                "and policy by commands of their own (fit, predict, fit)"
+            )
+        if generator and schedule and not schedule.restart:
+            raise InputError("model.generator needs model.schedule.restart: true")
         self.policy_config = policy
-        self.objective = objective
+        self.policy_objective = objective
+        self.generator = generator
+        self._first_adapter: dict[str, Tensor] = {}
         self.optimizer = optimizer
         self.schedule = schedule or Schedule()
         self.max_tokens = max_tokens
@@ -152,6 +200,9 @@ class SSOModule(pl.LightningModule):
         self.load_tokenizer()
         # from_pretrained gives a model in eval mode, in which gradient checkpointing does nothing
         self.policy = load_model(self.policy_config).train()
+        if self.generator:
+            add_generator(self.policy)
+            self._first_adapter = adapter_weights(self.policy, POLICY)
 
     def load_tokenizer(self) -> None:
         """Load the tokenizer and probe its chat template: seconds, and needs no weights."""
@@ -163,16 +214,67 @@ class SSOModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the trainable weights; the schedule acts in `optimizer_step`."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer(trainable)
+        trainable = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        groups: Any = list(trainable.values())
+        if self.generator:
+            of_generator = [p for n, p in trainable.items() if f".{GENERATOR}." in n]
+            of_policy = [p for n, p in trainable.items() if f".{GENERATOR}." not in n]
+            own_rate = {"lr": self.generator.lr} if self.generator.lr else {}
+            groups = [{"params": of_policy}, {"params": of_generator, **own_rate}]
+        optimizer = self.optimizer(groups)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
+    # ------------------------------------------------------------------ phases
+
+    @property
+    def trains_generator(self) -> bool:
+        """Whether this epoch of a fit is a generator phase."""
+        if not self.generator:
+            return False
+        return self.trainer.state.fn == "fit" and self.trainer.current_epoch % 2 == 0
+
+    @property
+    def iteration(self) -> int:
+        """The iteration that this epoch belongs to."""
+        return self.trainer.current_epoch // (2 if self.generator else 1)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of what is trained in this epoch."""
+        training = self.generator if self.trains_generator else None
+        return training.objective if training else self.policy_objective
+
+    @property
+    def writer(self) -> str:
+        """Adapter that writes this epoch's pairs."""
+        return GENERATOR if self.generator and not self.trains_generator else POLICY
+
+    def start_generator(self) -> None:
+        """Put the generator's weights where it begins its phase."""
+        assert self.generator
+        weights = self._first_adapter
+        if self.generator.start == "current":
+            weights = adapter_weights(self.policy, POLICY)
+        set_adapter_weights(self.policy, GENERATOR, weights)
+
+    def _log_phase(self, stage: str, values: Mapping[str, Tensor]) -> None:
+        """Log under `train/` or `val/`, or in a generator phase under `generator/`."""
+        if self.trains_generator:
+            stage = {"train": "generator", "val": "generator/val"}[stage]
+        self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
+
+    def _log_step(self, name: str, value: Any) -> None:
+        stage = "generator" if self.trains_generator else "train"
+        self.log(f"{stage}/{name}", value, on_step=True, on_epoch=False)
+
     # ------------------------------------------------------------------ steps
 
     def score(self, batch: PairBatch) -> ContrastLogps:
-        """The policy's log-probabilities of a batch, with gradient."""
+        """Log-probabilities of a batch by what is trained in this epoch, with gradient."""
+        if self.generator:
+            activate(self.policy, GENERATOR if self.trains_generator else POLICY)
         logps, lengths = response_logps(self.policy, batch.trees, max_tokens=self.max_tokens)
         counts = columns_of(lengths, batch.sequences)
         return ContrastLogps(
@@ -189,7 +291,7 @@ class SSOModule(pl.LightningModule):
             self._loss_is_finite = bool(values["loss"].isfinite())
             if "ipo_progress" in values:
                 self._ipo_progress.append(float(values["ipo_progress"]))
-            self.log_dict({f"train/{k}": v for k, v in values.items()})
+            self._log_phase("train", values)
             self.log("loss", values["loss"], prog_bar=True, logger=False)
         return loss * batch.scale
 
@@ -207,7 +309,7 @@ class SSOModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over the held-out pairs of all processes."""
         values = self._held_out_metrics.take()
-        self.log_dict({f"val/{k}": v for k, v in values.items()})
+        self._log_phase("val", values)
 
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`, under `test/`."""
@@ -236,7 +338,7 @@ class SSOModule(pl.LightningModule):
                 "iteration %d: in its second half the IPO margin was %.3f of its target of %.3g "
                 "nats per token; with the target out of reach nothing holds the policy back. A "
                 "larger beta sets a nearer target.",
-                self.trainer.current_epoch,
+                self.iteration,
                 progress,
                 self.objective.base.target,
             )
@@ -260,7 +362,7 @@ class SSOModule(pl.LightningModule):
         factor = self.schedule.factor(step, total)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
+        self._log_step("lr", optimizer.param_groups[-1 if self.trains_generator else 0]["lr"])
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def _progress(self, batch_idx: int) -> tuple[int, int]:
@@ -282,7 +384,7 @@ class SSOModule(pl.LightningModule):
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+        self._log_step("grad_norm", norm)
         if self._loss_is_finite and norm.isfinite():
             self.skipped_in_row = 0
         else:
@@ -290,7 +392,7 @@ class SSOModule(pl.LightningModule):
             optimizer.zero_grad(set_to_none=True)
             self.skipped_in_row += 1
             self.skipped_steps += 1
-        self.log("train/skipped_steps", float(self.skipped_steps), on_step=True, on_epoch=False)
+        self._log_step("skipped_steps", float(self.skipped_steps))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -302,11 +404,14 @@ class SSOModule(pl.LightningModule):
             checkpoint["state_dict"] = {k: v for k, v in state.items() if k in trainable}
         checkpoint["policy"] = asdict(self.policy_config)
         checkpoint["skipped_steps"] = self.skipped_steps
+        if self._first_adapter:
+            checkpoint["first_adapter"] = self._first_adapter
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained another way (LoRA or full, another rank)."""
         self.configure_model()
         self.skipped_steps = checkpoint.get("skipped_steps", 0)
+        self._first_adapter = checkpoint.get("first_adapter", self._first_adapter)
         path = checkpoint.get("policy", {}).get("path")
         if self.policy_config.lora and path != self.policy_config.path:
             log.warning("the adapter was trained on %s, not on %s", path, self.policy_config.path)

@@ -109,7 +109,7 @@ class PairBuilder:
     """Builds one set of pairs with one policy.
 
     Attributes:
-        model: The policy that writes and is scored.
+        model: The model that writes.
         renderer: Renders prompts with the policy's own chat template.
         sampler: Engine that answers prompts.
         principles: Where the opposed principles come from.
@@ -117,6 +117,8 @@ class PairBuilder:
         iteration: Which iteration the set belongs to.
         initial: Context manager that yields the policy before any training, if the reference is
             the initial policy; None if the reference is the sampling policy itself.
+        policy: Context manager that yields the policy whose log-probabilities are stored; None if
+            it is the model that writes, as in every variant without a data generator.
         max_prompt_tokens: Queries with a longer prompt are dropped and counted, never cut.
         score_tokens: Token budget of one scoring batch.
         shard_size: Queries per shard.
@@ -136,6 +138,7 @@ class PairBuilder:
     seed: int
     iteration: int
     initial: Callable[[], AbstractContextManager[Any]] | None = None
+    policy: Callable[[], AbstractContextManager[Any]] | None = None
     max_prompt_tokens: int = 4096
     score_tokens: int = 16384
     shard_size: int = 256
@@ -276,7 +279,8 @@ class PairBuilder:
                     dropped[reason] += bool(reason)
                     if not reason:
                         records.append(record)
-            score(self.model, records, SCORED, who="policy", max_tokens=self.score_tokens)
+            with self.policy() if self.policy else nullcontext(self.model) as policy:
+                score(policy, records, SCORED, who="policy", max_tokens=self.score_tokens)
             if self.initial:
                 with self.initial() as start:
                     score(start, records, SCORED, who="reference", max_tokens=self.score_tokens)

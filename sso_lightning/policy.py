@@ -21,6 +21,9 @@ from torch import nn
 
 from sso_lightning.errors import InputError
 
+POLICY, GENERATOR = "default", "generator"
+"""Names of the adapters: the policy's is the one that PEFT calls so by itself."""
+
 
 @dataclass
 class LoRA:
@@ -202,6 +205,59 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def add_generator(model: Any) -> None:
+    """Give a LoRA policy a second adapter, the data generator's, equal to the policy's own."""
+    model.add_adapter(GENERATOR, model.peft_config[POLICY])
+    set_adapter_weights(model, GENERATOR, adapter_weights(model, POLICY))
+    _keep_trainable(model)
+
+
+def activate(model: Any, adapter: str) -> None:
+    """Let one adapter speak."""
+    if model.active_adapter != adapter:
+        model.set_adapter(adapter)
+        _keep_trainable(model)
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """PEFT freezes silent adapters; optimizers pass over them anyway, as they get no gradient."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def speaking(model: Any, adapter: str) -> Iterator[Any]:
+    """The model with one adapter active for the length of the block; alone, it always is."""
+    if not is_peft(model) or len(model.peft_config) == 1:
+        yield model
+        return
+    before = model.active_adapter
+    activate(model, adapter)
+    try:
+        yield model
+    finally:
+        activate(model, before)
+
+
+def adapter_weights(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """A copy of an adapter's weights, by names that do not hold its own."""
+    mark = f".{adapter}."
+    return {
+        name.replace(mark, ".*."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" in name and mark in name
+    }
+
+
+def set_adapter_weights(model: nn.Module, adapter: str, weights: dict[str, torch.Tensor]) -> None:
+    """Overwrite an adapter with what `adapter_weights` gave."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name.replace(".*.", f".{adapter}.")].copy_(value)
+
+
 @contextmanager
 def initial_policy(model: Any, config: PolicyConfig) -> Iterator[Any]:
     """The policy as it was before any training, for the length of the block.
@@ -218,15 +274,18 @@ def initial_policy(model: Any, config: PolicyConfig) -> Iterator[Any]:
 
 
 def fingerprint(model: nn.Module) -> tuple[str, str]:
-    """Short hashes of the base's and the adapter's weights ("" without an adapter).
+    """Short hashes of the base's and the active adapter's weights ("" without an adapter).
 
     Read from every tensor's name, shape and up to 4096 evenly spaced values: a training step
     changes it, moving to another device does not.
     """
     base, adapter = hashlib.sha256(), hashlib.sha256()
     found_adapter = False
+    silent = set(getattr(model, "peft_config", ())) - {getattr(model, "active_adapter", "")}
     for name, value in sorted(model.state_dict().items()):
         digest = adapter if "lora_" in name else base
+        if digest is adapter and any(f".{other}." in name for other in silent):
+            continue
         found_adapter |= digest is adapter
         flat = value.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu")
@@ -244,8 +303,10 @@ def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -
         model: The policy.
         tokenizer: Its tokenizer, saved with its chat template.
         out: Folder to write. It appears whole or not at all.
-        merge: Fold LoRA adapters into the base, so that `AutoModelForCausalLM` alone loads it.
+        merge: Fold the LoRA adapter into the base, so that `AutoModelForCausalLM` alone loads it.
             The model in memory is left as it was.
+
+    Of several adapters the policy's is meant.
     """
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
@@ -253,11 +314,13 @@ def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -
     partial.mkdir(parents=True)
     if merge and is_peft(model):
         # merge_and_unload would consume the model that may still be in training
-        model.merge_adapter()
+        model.merge_adapter(adapter_names=[POLICY])
         try:
             _save_merged(model, partial)
         finally:
             model.unmerge_adapter()
+    elif is_peft(model):
+        model.save_pretrained(partial, selected_adapters=[POLICY])
     else:
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -282,16 +345,20 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def export_checkpoint(checkpoint: Path, out: Path, *, merge: bool = False) -> None:
+def export_checkpoint(
+    checkpoint: Path, out: Path, *, merge: bool = False, generator: bool = False
+) -> None:
     """Turn a training checkpoint into a Hugging Face folder.
 
     Args:
         checkpoint: A `.ckpt` file of a run.
         out: Folder to write; must not exist yet.
-        merge: Fold LoRA adapters into the base.
+        merge: Fold the LoRA adapter into the base.
+        generator: Export the data generator of a run that has one, instead of its policy.
 
     Raises:
-        InputError: If the file is missing, is not a checkpoint of this library, or `out` exists.
+        InputError: If the file is missing, is not a checkpoint of this library, has no generator
+            but should, or `out` exists.
     """
     import pickle
 
@@ -315,6 +382,15 @@ def export_checkpoint(checkpoint: Path, out: Path, *, merge: bool = False) -> No
     config = PolicyConfig(**settings, lora=LoRA(**lora) if lora else None)
     model = load_model(config)
     own = {name.removeprefix("policy."): value for name, value in state.items()}
+    kept, left = (GENERATOR, POLICY) if generator else (POLICY, GENERATOR)
+    if generator and not any(f".{GENERATOR}." in name for name in own):
+        raise InputError(f"{checkpoint} holds no generator")
+    if lora:
+        own = {
+            name.replace(f".{kept}.", f".{POLICY}."): value
+            for name, value in own.items()
+            if f".{left}." not in name
+        }
     expected = {name for name, p in model.named_parameters() if p.requires_grad}
     _, unexpected = model.load_state_dict(own, strict=False)
     if unexpected or not expected <= own.keys():

@@ -173,21 +173,21 @@ def test_queries_are_fresh_until_all_were_used(total, count):
     """Every block of `total` draws holds every query once, and no iteration holds one twice."""
     data = SSODataModule(queries="q.jsonl", queries_per_iteration=count, seed=3)
     queries = [Query(f"q{i}", ASK) for i in range(total)]
-    iterations = [[q.id for q in data._take(queries, epoch)] for epoch in range(3 * total)]
+    iterations = [[q.id for q in data._take(queries, epoch, count)] for epoch in range(3 * total)]
     assert all(len({*ids}) == count for ids in iterations)
     drawn = [name for ids in iterations for name in ids]
     for start in range(0, len(drawn) - total + 1, total):
         assert sorted(drawn[start : start + total]) == sorted(q.id for q in queries)
     again = SSODataModule(queries="q.jsonl", queries_per_iteration=count, seed=3)
-    assert [q.id for q in again._take(queries, 4)] == iterations[4]  # also out of turn
+    assert [q.id for q in again._take(queries, 4, count)] == iterations[4]  # also out of turn
     other = SSODataModule(queries="q.jsonl", queries_per_iteration=count, seed=4)
-    assert [[q.id for q in other._take(queries, e)] for e in range(3 * total)] != iterations
+    assert [[q.id for q in other._take(queries, e, count)] for e in range(3 * total)] != iterations
 
 
 def test_too_many_queries_per_iteration_name_the_key():
     data = SSODataModule(queries="q.jsonl", queries_per_iteration=3)
     with pytest.raises(InputError, match=r"queries_per_iteration is 3, but q\.jsonl holds 2"):
-        data._take([Query("a", ASK), Query("b", ASK)], 0)
+        data._take([Query("a", ASK), Query("b", ASK)], 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def offline(renderer, path, objective, **settings):
     """What a data module hands to the scoring pass for a pair file."""
     data = SSODataModule(pairs=str(path), **settings)
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(objective=objective, renderer=renderer)
+        lightning_module=SimpleNamespace(objective=objective, renderer=renderer, generator=None)
     )
     data.regenerator = SimpleNamespace(score=lambda records, sequences, name: records)
     return data._offline(str(path), "offline")

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from sso_lightning.errors import InputError
+from sso_lightning.policy import GENERATOR, POLICY, speaking
 from sso_lightning.principles import Draw, PrincipleSource
 from sso_lightning.prompts import ChatRenderer
 from sso_lightning.records import (
@@ -141,8 +142,9 @@ class SandboxMetrics(Callback):
     """Logs the exact quality of the policy on held-out queries.
 
     Measures before training and after every validation, always with the same principles and
-    random numbers, so that differences between two measurements are mostly the policy's. On
-    several processes each one measures the whole, since a sharded model needs all of them.
+    random numbers, so that differences between two measurements are mostly the policy's. After a
+    generator phase it is the generator that is measured, as `sandbox/generator_...`. On several
+    processes each one measures the whole, since a sharded model needs all of them.
     """
 
     def __init__(
@@ -184,14 +186,18 @@ class SandboxMetrics(Callback):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        numbers = measure(
-            pl_module.policy,  # type: ignore[arg-type]
-            pl_module.renderer,  # type: ignore[arg-type]
-            load_queries(self.queries)[: self.limit],
-            self.sampler,
-            self.principles,
-            self.seed,
-        )
+        generator = getattr(pl_module, "trains_generator", False) and trainer.global_step > 0
+        with speaking(pl_module.policy, GENERATOR if generator else POLICY) as model:
+            numbers = measure(
+                model,
+                pl_module.renderer,  # type: ignore[arg-type]
+                load_queries(self.queries)[: self.limit],
+                self.sampler,
+                self.principles,
+                self.seed,
+            )
+        if generator:
+            numbers = {k.replace("/", "/generator_"): v for k, v in numbers.items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in numbers.items()})
