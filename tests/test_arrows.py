@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "principles": {"errors", "records", "prompts"},
     "sampling": {"errors", "records", "prompts", "principles"},
     "pairs": {"errors", "records", "prompts", "principles", "sampling", "scoring", "policy"},
-    "runs": {"errors"},
+    "runs": {"errors", "records"},
 }
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
 MAY_IMPORT["data"] |= {"pairs", "objectives"}
