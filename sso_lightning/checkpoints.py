@@ -304,6 +304,7 @@ class RunState(Callback):
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] = []
         self._steps: int | None = None
+        self._metrics: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """States of Python's, NumPy's and torch's generators of every process.
@@ -362,15 +363,29 @@ class RunState(Callback):
         if state["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the step's metrics along: the trainer logs them after the checkpoint is written.
+
+        A run that is killed in between would never log them.
+        """
+        connector = trainer._logger_connector
+        row = connector.metrics["log"] if trainer.training and connector.should_update_logs else {}
+        if row:
+            values = {key: float(value) for key, value in row.items()}
+            checkpoint["metrics"] = values | {"epoch": trainer.current_epoch}
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note the step: the trainer itself goes back to it only after `on_fit_start`."""
         self._steps = checkpoint["global_step"]
+        self._metrics = checkpoint.get("metrics", {})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue metrics.csv where the checkpoint was taken."""
         if self._steps is not None:
             for logger in trainer.loggers:
                 if isinstance(logger, RunLogger):
-                    logger.continue_from(self._steps)
+                    logger.continue_from(self._steps, self._metrics)

@@ -20,7 +20,7 @@ from sso_lightning.checkpoints import Checkpoints, RunState, check_checkpoint, n
 from sso_lightning.data import SSODataModule
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
-from sso_lightning.runs import RunLogger, SaveConfig, claim_run_folder, is_requeued
+from sso_lightning.runs import RunLogger, SaveConfig, claim_run_folder, is_requeued, outputs_in
 
 log = logging.getLogger("sso_lightning")
 
@@ -82,7 +82,7 @@ class SSOCLI(LightningCLI):
             claim_run_folder(self._root)
 
     def _last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; None if there is no file, but pairs to start with."""
+        """The newest whole checkpoint; None if there is no file, but a run that began to write."""
         folder = self._root / "checkpoints"
         newest, damaged = newest_whole(folder)
         names = ", ".join(path.name for path in damaged)
@@ -91,7 +91,7 @@ class SSOCLI(LightningCLI):
                 f"--ckpt_path last: no checkpoint in {folder} is whole ({names}); remove them to "
                 "start with the pairs that are there, or start anew with --overwrite true alone"
             )
-        if newest is None and self.subcommand == "fit" and (self._root / "pairs").is_dir():
+        if newest is None and self.subcommand == "fit" and outputs_in(self._root):
             log.info("no checkpoint in %s; starting with the pairs that are there", folder)
         elif newest is None:
             raise InputError(f"--ckpt_path last: no checkpoint in {folder}")

@@ -17,12 +17,18 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers.logger import Logger
 
 from sso_lightning.errors import InputError
-
-OUTPUTS = ("metrics.csv", "pairs", "checkpoints", "export", "config.yaml")
-"""What `fit` writes, and what overwriting removes."""
+from sso_lightning.records import replace_file
 
 SLURM_JOB = ".slurm-job"
 """File of a run folder: which job began or continued the run."""
+
+OUTPUTS = ("metrics.csv", "pairs", "checkpoints", "export", "config.yaml", SLURM_JOB)
+"""What `fit` writes, and what overwriting removes."""
+
+
+def outputs_in(root: Path) -> list[Path]:
+    """What a run has left in `root`; empty where none began to write."""
+    return [root / name for name in OUTPUTS if (root / name).exists()]
 
 
 def claim_run_folder(root: Path, *, overwrite: bool = False) -> None:
@@ -35,7 +41,7 @@ def claim_run_folder(root: Path, *, overwrite: bool = False) -> None:
     Raises:
         InputError: If `root` holds a run that is not to be overwritten.
     """
-    found = [root / name for name in OUTPUTS if (root / name).exists()]
+    found = outputs_in(root)
     if not found:
         return
     if not overwrite:
@@ -107,15 +113,23 @@ class RunLogger(Logger):
         return self
 
     @rank_zero_only
-    def continue_from(self, step: int) -> None:
-        """Take over the rows that an earlier part of the run wrote before `step`."""
+    def continue_from(self, step: int, last: dict[str, float]) -> None:
+        """Take over the rows that an earlier part of the run wrote before `step`.
+
+        Args:
+            step: Optimizer steps done.
+            last: Metrics of the step before, which may have been left without a row.
+        """
         path = self.folder / "metrics.csv"
         if not path.is_file():
             return
         # a run that was killed, or met a full disk, may have left a part of a row at the end
         whole = [x for x in path.read_text("utf-8").splitlines(keepends=True) if x.endswith("\n")]
         rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(whole)]
-        self._rows = [row for row in rows if int(row.get("step") or 0) < step] + self._rows
+        rows = [row for row in rows if int(row.get("step") or 0) < step]
+        if last and not any(last.keys() <= row.keys() for row in rows[-1:]):
+            rows.append({"step": step - 1} | {key: _number(value) for key, value in last.items()})
+        self._rows = rows + self._rows
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
         self._written = 0
 
@@ -182,8 +196,8 @@ class SaveConfig(SaveConfigCallback):
         if self.config.overwrite and not self.config.ckpt_path and trainer.is_global_zero:
             claim_run_folder(root, overwrite=True)
         if slurm_job() and trainer.is_global_zero:
-            root.mkdir(parents=True, exist_ok=True)
-            (root / SLURM_JOB).write_text(slurm_job(), "utf-8")
-        # process 0 decides for all: the others might look when it has written already
-        if trainer.strategy.broadcast(not (root / self.config_filename).exists()):
-            super().setup(trainer, pl_module, "fit")
+            replace_file(root / SLURM_JOB, slurm_job().encode())
+        path = root / self.config_filename
+        if trainer.is_global_zero and not path.exists():
+            # the parent class writes in place: a kill would leave a part that is kept for good
+            replace_file(path, self.parser.dump(self.config, skip_none=False).encode())
