@@ -1,9 +1,10 @@
-"""What a query and a record are, and how they are read, stored and exported.
+"""What a query and a record are, and how they are read and stored.
 
 A record holds one query, its pair of opposed principles and the three responses sampled for it.
-Records are stored as Parquet shards (`PairStore`) and read from Parquet, JSON or JSON lines
-(`load_records`), which also takes the 2024 release's files and plain preference data. Reading
-never loses anything silently: whatever cannot be kept is an `InputError` naming file and line.
+Records are stored as Parquet shards (`PairStore`) and read from any source (`load_records`), also
+in the authors' formats and as plain preference data; `formats` writes those of other trainers.
+Reading never loses anything silently: whatever cannot be kept is an `InputError` naming file and
+line.
 """
 
 from __future__ import annotations
@@ -11,25 +12,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
 from sso_lightning.errors import InputError
+from sso_lightning.sources import Row, parse_json, rows_of
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 CONTEXTS = ("query", "good", "bad")
 RESPONSES = ("good", "bad", "original")
+MARKS = ("bad_is_instructed", "safety_mode", "content_flags")
+"""What every file says of texts that were asked to be bad."""
 SCHEMA_VERSION = 1
 
 _ROLES = ("system", "user", "assistant")
-_QUERY_KEYS = ("messages", "prompt", "instruction", "query", "question")
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+_QUERY_KEYS = ("messages", "prompt", "instruction", "query", "question", "conversations")
+# where there are answers, `messages` may be a whole conversation that repeats one of them
+_ASKED_KEYS = (*_QUERY_KEYS[1:], "messages")
+_SHARED = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of the roles
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,11 @@ def _messages(value: Any, what: str) -> list[Message]:
     messages = []
     for number, turn in enumerate(value, 1):
         name = f"{what}: message {number}"
+        if isinstance(turn, dict) and "from" in turn and "role" not in turn:
+            said = turn.get("from")
+            role = _SHARED.get(said, said) if isinstance(said, str) else None
+            others = {key: item for key, item in turn.items() if key not in ("from", "value")}
+            turn = {"role": role, "content": turn.get("value"), **others}
         if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
             raise InputError(f"{name} needs a role, one of {', '.join(_ROLES)}, and a content")
         unknown = [key for key in turn if key not in ("role", "content") and turn[key] is not None]
@@ -221,7 +233,7 @@ def _finish(value: Any, what: str) -> str:
 
 def _settings(value: Any, what: str) -> dict[str, Any]:
     if isinstance(value, str):  # Parquet keeps the settings as JSON text
-        value = _parse_json(value, what)
+        value = parse_json(value, what)
     if not isinstance(value, dict):
         raise InputError(f"{what} must be a mapping")
     _text(json.dumps(value, ensure_ascii=False), what)
@@ -235,7 +247,15 @@ def _scores(value: Any, what: str) -> dict[str, float]:
             if type(score) is not int or abs(score) >= 2**63:
                 raise InputError(f"{what}: {key} must be a number")
             scores[key] = float(score)
+        if not math.isfinite(scores[key]):
+            raise InputError(f"{what}: {key} is {score}, which is not finite")
     return scores
+
+
+def _version(value: Any, what: str) -> int:
+    if _integer(value, what) < 1:
+        raise InputError(f"{what} is {value}; versions begin with 1")
+    return int(value)
 
 
 def _by(keys: Sequence[str], read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -252,92 +272,75 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "finish": _by(RESPONSES, _finish),
     "sampler": _settings,
     "scores": _scores,
+    "schema_version": _version,
     "str": _text,
     "int": _integer,
     "bool": _boolean,
     "list[str]": _texts,
 }
 _FIELDS = {f.name: _READERS.get(f.name) or _READERS[str(f.type)] for f in fields(Record)}
+_JSON_CELLS = {name for name, read in _FIELDS.items() if read is not _text}
+_JSON_CELLS |= {"conversations", "history", "principles"}
 
 
-# ----------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------- reading
+
+# Fields that only `data.columns` may name, beside those of a query.
+_PAIR_KEYS = {
+    **{"chosen": "good", "rejected": "bad", "raw": "original"},
+    **{"p_system": "good_system", "n_system": "bad_system"},
+}
+_QUERY_FIELDS = (*_QUERY_KEYS, "id", "input", "system", "history")
+_PAIR_FIELDS = (
+    *(*_QUERY_FIELDS, *_PAIR_KEYS, *_PAIR_KEYS.values()),
+    *("good_principle", "bad_principle", "principles", *MARKS),
+)
 
 
-def _parse_json(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"{where}: not valid JSON ({exc})") from None
+def _cell(key: str, cell: str, what: str) -> Any:
+    """A cell of a table as the value of a field: JSON where the field is not a text."""
+    text = cell.strip()
+    if key in ("prompt", "chosen", "rejected", "raw", "good", "bad", "original"):
+        if text.startswith("[{'"):
+            raise InputError(f"{what} looks like messages in Python's notation; write JSON")
+        if text.startswith(("[{", "{")):
+            with contextlib.suppress(InputError):
+                value = parse_json(text, what)
+                turns = value if isinstance(value, list) else [value]
+                if all(isinstance(x, dict) and ("role" in x or "from" in x) for x in turns):
+                    return value
+        return cell
+    if key == "bad_is_instructed":
+        text = text.lower()  # spreadsheets write TRUE
+    if key in _JSON_CELLS:
+        return parse_json(text, what) if text else None
+    return cell
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if path.suffix == ".json":
-        try:
-            whole = json.loads(data)
-        except RecursionError:
-            raise InputError(f"{path}: not valid JSON (nested too deeply)") from None
-        except json.JSONDecodeError as exc:
-            # JSON lines are often named .json: the first line parses, then "extra data" follows
-            if exc.msg != "Extra data":
-                raise InputError(f"{path}, line {exc.lineno}: not valid JSON ({exc.msg})") from None
-        except ValueError as exc:
-            raise InputError(f"{path}: not valid JSON ({exc})") from None
-        else:
-            rows = whole if isinstance(whole, list) else [whole]
-            yield from ((f"record {number}", row) for number, row in enumerate(rows, 1))
-            return
-    # bytes split at line feeds only; str.splitlines would also cut at U+2028 inside a text
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            yield f"line {number}", _parse_json(line, f"{path}, line {number}")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # from memory: a path such as date=2024/x.parquet would add partition columns
-        rows = pq.read_table(pa.BufferReader(path.read_bytes())).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as exc:
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise InputError(f"{path}: not a readable Parquet file ({reason})") from None
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One object of a file: its values, and how errors and records name its place."""
-
-    values: dict[str, Any]
-    where: str
-    source: str
-
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def what(self, key: str) -> str:
-        return f"{self.where}: {key!r}"
-
-
-def _rows(path: Path, *, may_be_empty: bool = False) -> list[_Row]:
-    if path.suffix not in _SUFFIXES:
-        raise InputError(f"{path}: unknown file type; give one of {', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    read = _parquet_rows if path.suffix == ".parquet" else _json_rows
-    rows = []
-    try:
-        for place, values in read(path):
-            if not isinstance(values, dict):
-                raise InputError(f"{path}, {place}: must be an object with named values")
-            rows.append(_Row(values, f"{path}, {place}", f"{path.name}, {place}"))
-    except OSError as exc:
-        raise InputError(f"{path}: cannot be read ({exc.strerror})") from exc
-    if not rows and not may_be_empty:
-        raise InputError(f"{path}: the file is empty")
-    return rows
+def _read(
+    source: str | Path, columns: Mapping[str, str] | None, fields: Sequence[str]
+) -> Iterator[Row]:
+    """Rows of a source with the columns of those fields; a set of pairs by its manifest."""
+    unknown = [key for key in columns or {} if key not in _PAIR_FIELDS]
+    if unknown:
+        raise InputError(
+            f"data.columns: unknown field {unknown[0]!r}; give some of {', '.join(fields)}"
+        )
+    path = Path(source)
+    if (path / _MANIFEST).is_file():
+        manifest = _read_manifest(path)
+        if not manifest.complete:
+            warnings.warn(f"{path}: the set is not complete; reading what it has", stacklevel=3)
+        broken = [s.file for s in manifest.shards.values() if not _intact(path, s)]
+        if broken:
+            raise InputError(f"{path / broken[0]}: does not match its checksum; write it again")
+        yield from _shard_rows(path, manifest)
+        return
+    for row in rows_of(source, {k: v for k, v in (columns or {}).items() if k in fields}):
+        if row.cells:
+            values = {k: _cell(k, v, row.what(k)) for k, v in row.values.items()}
+            row = replace(row, values=values)
+        yield row
 
 
 class _Ids:
@@ -347,54 +350,68 @@ class _Ids:
         self.seen: dict[tuple[object, ...], str] = {}
         self.repeats: Counter[str] = Counter()
 
-    def __call__(self, row: _Row, messages: list[Message], *scope: object) -> str:
-        given = row.get("id") if row.get("id") is not None else row.get("idx")
+    def __call__(self, row: Row, messages: list[Message], *scope: object) -> str:
+        key = next((key for key in ("id", "idx", "uuid") if row.get(key) is not None), "id")
+        given = row.get(key)
         if given is None:
             digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
             self.repeats[digest] += 1
             ordinal = self.repeats[digest]
             given = digest if ordinal == 1 else f"{digest}-{ordinal}"
-        name = _filled(str(given) if type(given) is int else given, row.what("id"))
+        name = _filled(str(given) if type(given) is int else given, row.what(key))
         first = self.seen.setdefault((name, *scope), row.where)
         if first != row.where:
             raise InputError(f"{row.where}: the id {name!r} is already used in {first}")
         return name
 
 
-def _conversation(row: _Row) -> list[Message]:
-    """The query of a row, from the first of `_QUERY_KEYS` it has."""
-    key = next((key for key in _QUERY_KEYS if row.get(key) is not None), None)
+def _conversation(row: Row, keys: Sequence[str] = _QUERY_KEYS) -> list[Message]:
+    """The query of a row, from the first of the keys it has, or the one `data.columns` names."""
+    named = [key for key in keys if key in row.columns]
+    key = next((key for key in named or keys if row.get(key) is not None), None)
+    if key is None and named:
+        raise InputError(f"{row.what(named[0])} is missing")
     if key is None:
-        raise InputError(f"{row.where}: no query; give one of {', '.join(_QUERY_KEYS)}")
-    value = row.get(key)
-    if not isinstance(value, str):
-        return _query(value, row.what(key))
-    text = _filled(value, row.what(key))
-    messages: list[Message] = []
-    if key == "instruction":  # such rows may carry three more parts of the conversation
-        if row.get("input"):
-            text = f"{text}\n\n{_text(row.get('input'), row.what('input'))}"
-        if row.get("system"):
-            messages.append({"role": "system", "content": row.get("system")})
+        raise InputError(f"{row.where}: no query; give one of {', '.join(keys)}")
+    value, what = row.get(key), row.what(key)
+    if not isinstance(value, str | list):
+        raise InputError(f"{what} must be text or a list of messages, not {type(value).__name__}")
+    if isinstance(value, str):
+        text = _filled(value, what)
+        if key == "instruction" and row.get("input"):
+            text = f"{text}\n{_text(row.get('input'), row.what('input'))}"
         history = row.get("history") or []
         if not isinstance(history, list) or any(
             not isinstance(turn, list) or len(turn) != 2 for turn in history
         ):
             raise InputError(f"{row.what('history')} must be a list of [query, answer] pairs")
-        for turn in history:
-            messages.append({"role": "user", "content": turn[0]})
-            messages.append({"role": "assistant", "content": turn[1]})
-    return _query([*messages, {"role": "user", "content": text}], row.where)
+        turns = [
+            {"role": role, "content": said}
+            for turn in history
+            for role, said in zip(("user", "assistant"), turn, strict=True)
+        ]
+        value, what = [*turns, {"role": "user", "content": text}], row.where
+    messages = _query(value, what)
+    if row.get("system"):
+        system = {"role": "system", "content": _filled(row.get("system"), row.what("system"))}
+        if messages[0]["role"] != "system":
+            return [system, *messages]
+        if messages[0] != system:
+            raise InputError(f"{row.what('system')} and the first message differ; keep one")
+    return messages
 
 
-def load_queries(path: str | Path) -> list[Query]:
-    """Read queries from JSON lines, JSON or Parquet.
+def load_queries(source: str | Path, columns: Mapping[str, str] | None = None) -> list[Query]:
+    """Read queries.
 
-    Each entry has `messages` (a list of role and content), or its text or messages under
-    `prompt`, `instruction`, `query` or `question`; `id` is optional.
+    Each row has `messages` or `conversations` (a list of role and content, or of ShareGPT's from
+    and value), or its text or messages under `prompt`, `instruction`, `query` or `question`; with
+    `system`, `history` and `input` where there are such. `id` is optional.
 
     Args:
-        path: A .jsonl, .json or .parquet file.
+        source: A .jsonl, .json, .parquet, .csv or .tsv file, a folder of them or of
+            `save_to_disk`, or hf:OWNER/NAME (see `sources.rows_of`).
+        columns: Field to the column that holds it, where the names differ.
 
     Returns:
         The queries in the order of the file.
@@ -404,7 +421,7 @@ def load_queries(path: str | Path) -> list[Query]:
     """
     ids = _Ids()
     queries = []
-    for row in _rows(Path(path)):
+    for row in _read(source, columns, _QUERY_FIELDS):
         messages = _conversation(row)
         queries.append(Query(ids(row, messages), messages, row.source))
     return queries
@@ -413,7 +430,15 @@ def load_queries(path: str | Path) -> list[Query]:
 # --------------------------------------------------------------------------------------- records
 
 
-def _own(row: _Row, ids: _Ids) -> Record:
+def _check_pair(row: Row, **answers: str) -> None:
+    """Refuse two answers of which nothing can be learnt."""
+    for key, text in answers.items():
+        _filled(text, row.what(key))
+    if len({*answers.values()}) == 1:
+        raise InputError(f"{row.where}: {' and '.join(map(repr, answers))} are equal; remove it")
+
+
+def _own(row: Row, ids: _Ids) -> Record:
     unknown = [key for key in row.values if key not in _FIELDS]
     if unknown:
         raise InputError(f"{row.where}: unknown key {unknown[0]!r}; remove or rename it")
@@ -430,59 +455,89 @@ def _own(row: _Row, ids: _Ids) -> Record:
     }
     for key in ("messages", "good", "bad"):
         if key not in values:
-            raise InputError(f"{row.where}: {key!r} is missing")
+            raise InputError(f"{row.what(key)} is missing")
+    _check_pair(row, good=values["good"], bad=values["bad"])
     return Record(id=ids(row, values["messages"], values.get("iteration", 0)), **values)
 
 
-def _answer(row: _Row, key: str) -> tuple[list[Message], str]:
+def _answer(row: Row, key: str) -> tuple[list[Message], str]:
     """The turns given before an answer (none for plain text), and the answer."""
     value = row.get(key)
     if value is None:
-        raise InputError(f"{row.where}: {key!r} is missing")
+        spelt = next((theirs for theirs, ours in _PAIR_KEYS.items() if ours == key), key)
+        raise InputError(f"{row.what(key if key in row.columns else spelt)} is missing")
     if isinstance(value, str):
         return [], _filled(value, row.what(key))
-    turns = _messages(value, row.what(key))
+    if not isinstance(value, dict | list):
+        kind = type(value).__name__
+        raise InputError(f"{row.what(key)} must be text or a list of messages, not {kind}")
+    turns = _messages([value] if isinstance(value, dict) else value, row.what(key))
     if turns[-1]["role"] != "assistant":
         raise InputError(f"{row.what(key)} must end with the assistant's answer")
     return turns[:-1], turns[-1]["content"]
 
 
-def _imported(row: _Row, ids: _Ids) -> Record:
-    """A record from the 2024 release's keys or from plain preference data."""
-    (before, good), (before_bad, bad) = _answer(row, "chosen"), _answer(row, "rejected")
+def _principles(row: Row) -> dict[str, str]:
+    """The principles of a row: as the 2025 release lists them, or under their own names."""
+    found = {key: row.get(key) for key in ("good_principle", "bad_principle")}
+    listed = row.get("principles")
+    if isinstance(listed, list) and listed and all(isinstance(x, dict) for x in listed):
+        for key, value in found.items():
+            texts = [x[key] for x in listed if x.get(key)]
+            if value is None and texts:
+                found[key] = "\n\n".join(_text(x, row.what("principles")) for x in texts)
+    return {key: _text(value, row.what(key)) for key, value in found.items() if value is not None}
+
+
+def _imported(row: Row, ids: _Ids) -> Record:
+    """A record from the authors' keys or from plain preference data."""
+    key = {
+        ours: ours if ours in row.columns or theirs not in row.values else theirs
+        for theirs, ours in _PAIR_KEYS.items()
+    }
+    (before, good), (before_bad, bad) = _answer(row, key["good"]), _answer(row, key["bad"])
     if before != before_bad:
         raise InputError(f"{row.where}: the turns before 'chosen' and 'rejected' differ")
-    has_query = any(row.get(key) is not None for key in _QUERY_KEYS)
-    messages = _conversation(row) if has_query or not before else before
-    if before[-len(messages) :] not in ([], messages):
+    has_query = any(row.get(key) is not None for key in _ASKED_KEYS)
+    asked = _conversation(row, _ASKED_KEYS) if has_query or not before else before
+    # either may tell more of the conversation than the other, such as a system message
+    longer, shorter = (before, asked) if len(before) > len(asked) else (asked, before)
+    if longer[len(longer) - len(shorter) :] != shorter:
         raise InputError(f"{row.where}: the turns before the answers are not those of the query")
-    # the answers may repeat more of the conversation than 'prompt' gives, such as a system message
-    messages = _query(before or messages, row.what("chosen"))
-    released = row.get("instruction") is not None
+    messages = _query(longer, row.what(key["good"]))
+    _check_pair(row, **{key["good"]: good, key["bad"]: bad})
     values: dict[str, Any] = {
         "id": ids(row, messages),
         "messages": messages,
         "good": good,
         "bad": bad,
         "query_source": row.source,
-        "bad_is_instructed": released,
+        **_principles(row),
     }
-    systems = {"good_system": "p_system", "bad_system": "n_system"}
-    theirs = {**systems, "original": "raw"} if released else {}
-    marks = ("bad_is_instructed", "safety_mode", "content_flags")  # kept by preference_examples
-    for name, key in {**theirs, **{mark: mark for mark in marks}}.items():
-        if row.get(key) is not None:
-            values[name] = _FIELDS[name](row.get(key), row.what(key))
-    if any(values.get(name) for name in systems):
+    systems = ("good_system", "bad_system")
+    told = {ours: row.get(key[ours]) for ours in systems if row.get(key[ours]) is not None}
+    values |= {ours: _text(value, row.what(key[ours])) for ours, value in told.items()}
+    steered = any(values.get(name) for name in (*systems, "good_principle", "bad_principle"))
+    # their rows may lack the systems; `input` is what tells alpaca's preference data from them
+    released = steered or (row.get("instruction") is not None and "input" not in row.values)
+    if (released or "original" in row.columns) and row.get(key["original"]) is not None:
+        before_original, values["original"] = _answer(row, key["original"])
+        if before_original not in ([], before, messages):
+            raise InputError(f"{row.where}: the turns before 'chosen' and 'raw' differ")
+    values["bad_is_instructed"] = released
+    for mark in MARKS:
+        if row.get(mark) is not None:
+            values[mark] = _FIELDS[mark](row.get(mark), row.what(mark))
+    if steered:
         values["principle_source"] = row.source
     return Record(**values)
 
 
-def _records(rows: Iterable[_Row]) -> list[Record]:
+def _records(rows: Iterable[Row]) -> list[Record]:
     ids = _Ids()
     records = []
     for row in rows:
-        if "chosen" in row.values or "rejected" in row.values:
+        if row.columns or "chosen" in row.values or "rejected" in row.values:
             records.append(_imported(row, ids))
         elif "good" in row.values or "bad" in row.values:
             records.append(_own(row, ids))
@@ -491,18 +546,23 @@ def _records(rows: Iterable[_Row]) -> list[Record]:
     return records
 
 
-def load_records(path: str | Path) -> list[Record]:
-    """Read records of this library, of the authors' 2024 release, or plain preference data.
+def load_records(source: str | Path, columns: Mapping[str, str] | None = None) -> list[Record]:
+    """Read records of this library, of the authors' releases, or plain preference data.
 
     * Own records: the fields of `Record`; `messages`, `good` and `bad` are required.
-    * The release: `instruction, chosen, rejected` and, where present, `p_system, n_system, raw`
-      become query, y+, y-, the two system messages and yo. `bad_is_instructed` is true.
-    * Preference data: `prompt, chosen, rejected`, each text or messages; the answers may repeat
-      the prompt's messages. `bad_is_instructed` is false unless the row says otherwise.
+    * The releases: a query, `chosen`, `rejected` and, where present, `p_system, n_system, raw,
+      principles` become y+, y-, the two system messages, yo and the principles; texts (2024) or
+      messages (2025). `bad_is_instructed` is true for rows with a system message or principle,
+      and for `instruction` without `input`.
+    * Preference data: a query as in `load_queries`, `chosen` and `rejected`, each text, a message
+      or messages. The answers may repeat the query's messages, which need not be given twice.
+      `bad_is_instructed` is false unless the row says otherwise.
 
     Args:
-        path: A .jsonl, .json or .parquet file, or a folder of them. A folder with a manifest is
-            read by it: listed shards only, each checked against its checksum.
+        source: As for `load_queries`. A folder with a manifest is read by it: listed shards only,
+            each checked against its checksum.
+        columns: Field to the column that holds it, where the names differ. Rows are then read as
+            one of the last two formats, and other columns are ignored.
 
     Returns:
         The records in order; folders by shard number or file name.
@@ -510,26 +570,12 @@ def load_records(path: str | Path) -> list[Record]:
     Raises:
         InputError: Naming the file and the line of what is wrong.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return _records(_rows(path))
-    if (path / _MANIFEST).exists():
-        manifest = _read_manifest(path)
-        if not manifest.complete:
-            warnings.warn(f"{path}: the set is not complete; reading what it has", stacklevel=2)
-        broken = [s.file for s in manifest.shards.values() if not _intact(path, s)]
-        if broken:
-            raise InputError(f"{path / broken[0]}: does not match its checksum; write it again")
-        return _records(_shard_rows(path, manifest))
-    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
-    if not files:
-        raise InputError(f"{path}: the folder holds no record file ({', '.join(_SUFFIXES)})")
-    return _records(row for file in files for row in _rows(file))
+    return _records(_read(source, columns, _PAIR_FIELDS))
 
 
 def _row_of(record: Record) -> dict[str, Any]:
     """The record's values, checked as they will be when they are read back."""
-    return vars(_own(_Row(vars(record), f"record {record.id!r}", ""), _Ids()))
+    return vars(_own(Row(vars(record), f"record {record.id!r}", ""), _Ids()))
 
 
 def _parquet_bytes(records: Iterable[Record]) -> bytes:
@@ -582,32 +628,6 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
         replace_file(path, "".join(lines).encode())
     else:
         raise InputError(f"{path}: records are written as .parquet or .jsonl")
-
-
-def plain_examples(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-    """Turn records into plain training examples, `{"messages": [...]}`.
-
-    Only `good` can come through: no principle, and no text that was asked to be bad.
-    """
-    for record in records:
-        yield {"messages": [*record.messages, {"role": "assistant", "content": record.good}]}
-
-
-def preference_examples(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-    """Turn records into conversational preference examples that keep the marks on `bad`.
-
-    `load_records` reads them back with the same id, pair and marks.
-    """
-    for record in records:
-        yield {
-            "id": record.id,
-            "prompt": record.messages,
-            "chosen": [{"role": "assistant", "content": record.good}],
-            "rejected": [{"role": "assistant", "content": record.bad}],
-            "bad_is_instructed": record.bad_is_instructed,
-            "safety_mode": record.safety_mode,
-            "content_flags": record.content_flags,
-        }
 
 
 # ----------------------------------------------------------------------------------------- store
@@ -680,7 +700,7 @@ def replace_file(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> Non
 def _read_manifest(folder: Path) -> _Manifest:
     path = folder / _MANIFEST
     try:
-        values = _parse_json(path.read_bytes(), str(path))
+        values = parse_json(path.read_bytes(), str(path))
         shards = {
             int(entry["index"]): ShardInfo(
                 str(entry["file"]), int(entry["records"]), str(entry["sha256"]), dict(entry["info"])
@@ -705,9 +725,9 @@ def _intact(folder: Path, shard: ShardInfo) -> bool:
         return False
 
 
-def _shard_rows(folder: Path, manifest: _Manifest) -> Iterator[_Row]:
+def _shard_rows(folder: Path, manifest: _Manifest) -> Iterator[Row]:
     for _, shard in sorted(manifest.shards.items()):
-        yield from _rows(folder / shard.file, may_be_empty=True)
+        yield from rows_of(folder / shard.file, may_be_empty=True)
 
 
 class PairStore:

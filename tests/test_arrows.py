@@ -19,7 +19,9 @@ MAY_IMPORT = {
     "objectives": {"errors", "losses"},
     "scoring": {"errors"},
     "policy": {"errors"},
-    "records": {"errors"},
+    "sources": {"errors"},
+    "records": {"errors", "sources"},
+    "formats": {"errors", "sources", "records"},
     "prompts": {"errors", "records"},
     "principles": {"errors", "records", "prompts"},
     "sampling": {"errors", "records", "prompts", "principles"},
@@ -27,7 +29,7 @@ MAY_IMPORT = {
     "runs": {"errors", "records"},
 }
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
-MAY_IMPORT["data"] |= {"pairs", "objectives"}
+MAY_IMPORT["data"] |= {"pairs", "objectives", "sources"}
 MAY_IMPORT["module"] = {
     *("errors", "losses", "objectives", "scoring", "policy", "prompts", "pairs", "data"),
 }
@@ -35,10 +37,10 @@ MAY_IMPORT["checkpoints"] = {"errors", "records", "runs"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs"}
 # commands are imported when they are called
-MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "sandbox"}
+MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse")
-NO_TORCH = ("errors", "version", "records", "prompts", "principles")
+NO_TORCH = ("errors", "version", "sources", "records", "formats", "prompts", "principles")
 """Rooms that read files and texts only: importing them must stay cheap."""
 
 

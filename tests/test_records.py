@@ -1,6 +1,5 @@
 import errno
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from sso_lightning.records import (
     Record,
     load_queries,
     load_records,
-    plain_examples,
-    preference_examples,
     stream_seed,
     write_records,
 )
@@ -59,7 +56,7 @@ def make_record(name="r0", **changes):
             safety_mode="careless",
             bad_is_instructed=True,
             content_flags=[],
-            scores={"policy/query/good": -12.3456789012345678, "reference/bad/bad": -math.inf},
+            scores={"policy/query/good": -12.3456789012345678, "reference/bad/bad": -1e300},
         ),
         **changes,
     )
@@ -111,7 +108,7 @@ def test_queries_in_every_spelling(tmp_path):
     queries = load_queries(path)
     assert queries[0] == Query("7", talk, "q.jsonl, line 1")
     assert queries[1] == Query("x", ASK, "q.jsonl, line 2")
-    assert queries[2].messages == [{"role": "user", "content": "Why?\n\nBecause."}]
+    assert queries[2].messages == [{"role": "user", "content": "Why?\nBecause."}]
     assert queries[2].source == "q.jsonl, line 4"
     assert queries[4].messages == ASK
     assert queries[4].id == f"{queries[3].id}-2"
@@ -158,10 +155,13 @@ def test_derived_ids_stay_when_the_file_grows_or_moves(tmp_path):
         (["", "  "], "the file is empty"),
         ([{"text": "x"}], "line 1: no query; give one of messages, prompt"),
         ([{"prompt": "x"}, {"prompt": " \n"}], "line 2: 'prompt' is empty"),
-        ([{"prompt": 5}], "line 1: 'prompt' must be a list of messages"),
+        ([{"prompt": 5}], "line 1: 'prompt' must be text or a list"),
         ([{"messages": []}], "at least one"),
         ([{"messages": ["x"]}], "message 1 needs a role"),
-        ([{"messages": [{"from": "human", "value": "x"}]}], "message 1 needs a role"),
+        ([{"messages": [{"from": "tool", "value": "x"}]}], "message 1 needs a role"),
+        ([{"messages": [{"from": ["human"], "value": "x"}]}], "message 1 needs a role"),
+        ([{"messages": [{"from": "human", "value": 3}]}], "content must be text"),
+        ([{"messages": [{"from": "human", "value": "x", "w": 1}]}], "'w', which is not rendered"),
         ([{"messages": [{"role": "tool", "content": "x"}]}], "message 1 needs a role"),
         ([{"messages": [{"role": "user", "content": None}]}], "content must be text, not NoneType"),
         ([{"messages": [{"role": "user", "content": ""}]}], "message 1: content is empty"),
@@ -175,7 +175,8 @@ def test_derived_ids_stay_when_the_file_grows_or_moves(tmp_path):
         ([{"prompt": "x", "id": True}], "'id' must be text"),
         ([{"instruction": "x", "history": [["a"]]}], r"'history' must be a list of \[query"),
         ([{"instruction": "x", "history": 3}], r"'history' must be a list of \[query"),
-        ([{"instruction": "x", "system": 3}], "content must be text"),
+        ([{"instruction": "x", "system": 3}], "'system' must be text"),
+        ([{"system": "x", "messages": [{"role": "system", "content": "y"}, *ASK]}], "differ; keep"),
     ],
 )
 def test_wrong_queries_are_named_in_one_line(tmp_path, rows, message):
@@ -190,8 +191,8 @@ def test_wrong_files_are_named(tmp_path):
     for load in (load_queries, load_records):
         with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
             load(tmp_path / "none.jsonl")
-        with pytest.raises(InputError, match=r"q\.csv: unknown file type"):
-            load(tmp_path / "q.csv")
+        with pytest.raises(InputError, match=r"q\.txt: unknown file type"):
+            load(tmp_path / "q.txt")
         (tmp_path / "p.parquet").write_bytes(b"PAR1 not at all")
         with pytest.raises(InputError, match=r"p\.parquet: not a readable Parquet") as caught:
             load(tmp_path / "p.parquet")
@@ -202,8 +203,6 @@ def test_wrong_files_are_named(tmp_path):
         (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "na\xefve"}')
         with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not valid JSON"):
             load(tmp_path / "latin.jsonl")
-    with pytest.raises(InputError, match="unknown file type"):
-        load_queries(tmp_path)
 
 
 JSON_VALUES = st.recursive(
@@ -213,15 +212,21 @@ JSON_VALUES = st.recursive(
 )
 TURNS = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "system", "tool"])},
-        optional={"content": st.text(max_size=4) | st.none(), "x": st.none() | st.integers()},
+        {},
+        optional={
+            "role": st.sampled_from(["user", "assistant", "system", "tool"]),
+            "from": st.sampled_from(["human", "gpt", "system", "tool"]) | st.lists(st.none()),
+            "value": st.text(max_size=4) | st.none(),
+            "content": st.text(max_size=4) | st.none(),
+            "x": st.none() | st.integers(),
+        },
     ),
     max_size=3,
 )
 KEYS = [
     *vars(make_record()),
     *("prompt", "instruction", "query", "question", "input", "system", "history", "idx"),
-    *("chosen", "rejected", "p_system", "n_system", "raw"),
+    *("chosen", "rejected", "p_system", "n_system", "raw", "conversations", "uuid", "principles"),
 ]
 ROWS = st.dictionaries(st.sampled_from(KEYS), JSON_VALUES | TURNS | st.just("text"), max_size=6)
 
@@ -424,7 +429,7 @@ def test_repeated_turns_that_prompt_leaves_out_are_kept(tmp_path):
             "not those of the query",
         ),
         ({**SAID, "chosen": ASK + SAID["chosen"]}, "before 'chosen' and 'rejected' differ"),
-        ({**RELEASED, "raw": 3}, "'raw' must be text"),
+        ({**RELEASED, "raw": 3}, "'raw' must be text or a list of messages"),
     ],
 )
 def test_wrong_preference_data_is_named(tmp_path, row, message):
@@ -433,30 +438,10 @@ def test_wrong_preference_data_is_named(tmp_path, row, message):
         load_records(path)
 
 
-def test_an_empty_folder_is_named(tmp_path):
+@pytest.mark.parametrize("load", [load_queries, load_records])
+def test_an_empty_folder_is_named(tmp_path, load):
     with pytest.raises(InputError, match="holds no record file"):
-        load_records(tmp_path)
-
-
-# --------------------------------------------------------------------------------------- export
-
-
-def test_text_asked_to_be_bad_cannot_reach_plain_examples():
-    record = make_record(good="fine")
-    (example,) = plain_examples([record])
-    assert example == {"messages": [*record.messages, {"role": "assistant", "content": "fine"}]}
-    told = json.dumps(example)
-    for name in ("bad", "bad_principle", "bad_system", "good_system", "original"):
-        assert json.dumps(getattr(record, name))[1:-1] not in told
-
-
-def test_preference_examples_keep_the_marks_through_a_file(tmp_path):
-    record = make_record(safety_mode="paper", content_flags=["violence"])
-    (example,) = preference_examples([record])
-    assert example["chosen"] == [{"role": "assistant", "content": record.good}]
-    (back,) = load_records(write_lines(tmp_path / "p.jsonl", example))
-    kept = ("id", "messages", "good", "bad", "bad_is_instructed", "safety_mode", "content_flags")
-    assert [getattr(back, name) for name in kept] == [getattr(record, name) for name in kept]
+        load(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- store
