@@ -19,7 +19,7 @@ from sso_lightning.checkpoints import Checkpoints
 from sso_lightning.data import PairBatch
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
-from sso_lightning.pairs import PairBuilder, digest, score
+from sso_lightning.pairs import PairBuilder, PairFilter, apply_filters, digest, score
 from sso_lightning.policy import POLICY, fingerprint, initial_policy, save_policy, speaking
 from sso_lightning.principles import PredefinedPrinciples, PrincipleSource
 from sso_lightning.records import (
@@ -72,6 +72,7 @@ class RegeneratePairs(Callback):
         max_prompt_tokens: int = 4096,
         score_tokens: int = 16384,
         shard_size: int = 256,
+        filters: list[PairFilter] | None = None,
     ) -> None:
         """Set the callback up.
 
@@ -83,6 +84,8 @@ class RegeneratePairs(Callback):
             max_prompt_tokens: Queries with a longer prompt are dropped and counted, never cut.
             score_tokens: Token budget of one scoring batch.
             shard_size: Queries per shard; what a killed run can lose.
+            filters: Rules that leave pairs out of the training (see `filters`), in order. The
+                files and the held-out pairs keep all.
         """
         numbers = {
             "max_prompt_tokens": max_prompt_tokens,
@@ -100,6 +103,7 @@ class RegeneratePairs(Callback):
         self.max_prompt_tokens = max_prompt_tokens
         self.score_tokens = score_tokens
         self.shard_size = shard_size
+        self.filters = filters or []
         self._trainer: pl.Trainer
         self._writer: dict[str, str] = {}
         self._resumed_writer: dict[str, str] = {}
@@ -198,8 +202,9 @@ class RegeneratePairs(Callback):
             if mine:
                 records, report = builder.build(queries, folder)
                 self._writer = {"policy": records[0].policy, "adapter": records[0].adapter}
-                self._announce(records, report, name)
-        return load_records(folder)
+                _, counts = self._filtered(records, name)
+                self._announce(records, report | counts, name)
+        return self._filtered(load_records(folder), name)[0]
 
     def score(
         self, records: list[Record], sequences: Sequence[tuple[str, str]], name: str
@@ -231,7 +236,16 @@ class RegeneratePairs(Callback):
                 if not store.complete:
                     self._score_shards(store, records, sequences)
                     store.finish({"pairs/kept": len(records)})
-        return load_records(folder)
+        kept, counts = self._filtered(load_records(folder), name)
+        if counts:
+            log.info("%s: %d of %d pairs pass the filters", name, len(kept), len(records))
+        return kept
+
+    def _filtered(self, records: list[Record], name: str) -> tuple[list[Record], dict[str, float]]:
+        """What is trained on; a set that is not for training keeps everything."""
+        training = name.startswith(("iteration", "generator", "offline"))
+        own = self.filters if training and "validation" not in name else []
+        return apply_filters(own, records, name)
 
     def _score_shards(
         self, store: PairStore, records: list[Record], sequences: Sequence[tuple[str, str]]

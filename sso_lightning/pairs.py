@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -102,6 +103,67 @@ def score(
     for (context, response), values in columns_of(logps, sequences).items():
         for record, value in zip(records, values.tolist(), strict=True):
             record.scores[f"{who}/{context}/{response}"] = value
+
+
+def mean_logp(record: Record, context: str, response: str) -> float:
+    """avg(y|x) of a stored response under the policy: nats per token."""
+    total = record.scores[f"policy/{context}/{response}"]
+    return total / len(record.response_ids[response])
+
+
+class PairFilter(ABC):
+    """A rule that decides which pairs of a set are trained on; see `filters`, or write your own.
+
+    Attributes:
+        name: Used in metrics: `pairs/filtered_<name>`.
+    """
+
+    name: str
+
+    @abstractmethod
+    def keep(self, records: Sequence[Record]) -> list[bool]:
+        """Say of each record of the whole set whether to train on it.
+
+        The answer must be a function of the records alone: every process asks for itself.
+        """
+
+
+def apply_filters(
+    filters: Sequence[PairFilter], records: list[Record], where: str
+) -> tuple[list[Record], dict[str, float]]:
+    """Leave out what the filters do not keep, each judging what the ones before it kept.
+
+    Args:
+        filters: Rules, in order.
+        records: The whole set.
+        where: What the set is called in messages.
+
+    Returns:
+        The records kept, and `pairs/filtered`, `pairs/filtered_<name>` and `pairs/trained` counts
+        (no counts without filters).
+
+    Raises:
+        InputError: Nothing is left, or a record lacks the scores that a rule reads.
+    """
+    counts: Counter[str] = Counter()
+    total = len(records)
+    for rule in filters:
+        try:
+            keeps = rule.keep(records)
+        except KeyError as error:
+            raise InputError(
+                f"{where}: the filter {rule.name} needs the score {error} of every record, which "
+                "sampled pairs have"
+            ) from error
+        counts[rule.name] += keeps.count(False)
+        records = [r for r, kept in zip(records, keeps, strict=True) if kept]
+    if filters and not records:
+        rates = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(f"{where}: the filters left none of {total} records ({rates})")
+    numbers = {f"pairs/filtered_{name}": float(count) for name, count in counts.items()}
+    if filters:
+        numbers |= {"pairs/filtered": float(sum(counts.values())), "pairs/trained": len(records)}
+    return records, numbers
 
 
 @dataclass
@@ -435,15 +497,11 @@ def report(
     if not records:
         return numbers
 
-    def average(record: Record, context: str, response: str) -> float:
-        total = record.scores[f"policy/{context}/{response}"]
-        return total / len(record.response_ids[response])
-
     def gap(a: tuple[str, str], b: tuple[str, str]) -> float:
-        return fmean(average(r, *a) - average(r, *b) for r in records)
+        return fmean(mean_logp(r, *a) - mean_logp(r, *b) for r in records)
 
     for name in RESPONSES:
-        probabilities = [math.exp(average(r, "query", name)) for r in records]
+        probabilities = [math.exp(mean_logp(r, "query", name)) for r in records]
         numbers[f"pairs/length_{name}"] = fmean(len(r.response_ids[name]) for r in records)
         numbers[f"pairs/truncated_{name}"] = fmean(r.finish[name] == "length" for r in records)
         numbers[f"pairs/on_policy_{name}"] = fmean(probabilities)

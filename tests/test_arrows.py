@@ -30,6 +30,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
 MAY_IMPORT["data"] |= {"pairs", "objectives", "sources"}
+MAY_IMPORT["filters"] = {"errors", "records", "pairs"}
 MAY_IMPORT["module"] = {
     *("errors", "losses", "objectives", "scoring", "policy", "prompts", "pairs", "data"),
 }
