@@ -68,6 +68,14 @@ VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 """Name to (label, recipe, changes)."""
 
+GENERATORS = {
+    "both": ("L+ and L-", "sso_2025"),
+    "only_good": ("L+ alone", "sso_2025_only_good"),
+    "only_bad": ("L- alone", "sso_2025_only_bad"),
+    "bad_for_original": ("L- with y- for yo", "sso_2025_bad_for_original"),
+}
+"""Name to (label, recipe): one iteration of the 2025 method."""
+
 CONTROLS = {"quality": (0.60, 0.65, 0.70), "kl_to_start": (0.02, 0.04, 0.06)}
 
 
@@ -121,7 +129,12 @@ class KLToStart(Callback):
 
 def arguments(name: str, seed: int, out: Path) -> list[str]:
     """The command line of one run."""
-    _, recipe, changes = VARIANTS[name]
+    family, _, short = name.partition("/")
+    if family == "generator":
+        _, recipe = GENERATORS[short]
+        changes: tuple[str, ...] = ("--trainer.max_epochs=2",)
+    else:
+        _, recipe, changes = VARIANTS[name]
     base = out / f"base-{seed}"
     files = {
         "model.policy.path": base / "model",
@@ -140,9 +153,14 @@ def arguments(name: str, seed: int, out: Path) -> list[str]:
         "--trainer.enable_model_summary=false",
         # in place of the recipe's: this base model, and the movement of the policy
         '--trainer.callbacks=[{"class_path": "sso_lightning.sandbox.callbacks.SandboxMetrics", '
-        f'"init_args": {{"queries": "{held_out}", "limit": 432}}}}, '
-        '{"class_path": "benchmarks.sandbox_study.KLToStart", '
-        f'"init_args": {{"queries": "{held_out}"}}}}]',
+        f'"init_args": {{"queries": "{held_out}", "limit": 432}}}}'
+        + (
+            ""
+            if family == "generator"
+            else ', {"class_path": "benchmarks.sandbox_study.KLToStart", '
+            f'"init_args": {{"queries": "{held_out}"}}}}'
+        )
+        + "]",
     ]
 
 
@@ -258,6 +276,43 @@ def report(curves: dict[str, list[list[dict[str, float]]]]) -> str:
     return "\n\n".join(parts)
 
 
+def generator_row(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Measures of prompting alone and of the trained generator, on held-out queries.
+
+    On-policyness and lengths are those of the pairs that each wrote for the training queries.
+    """
+    values: dict[str, float] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            values = {**{k: float(v) for k, v in row.items() if v}, **values}  # the first of each
+
+    def measures(kind: str, pairs: str) -> dict[str, float]:
+        ours = {key: values[f"sandbox/{kind}{key}"] for key in GENERATOR_MEASURES[:4]}
+        return ours | {key: values[f"{pairs}pairs/{key}"] for key in GENERATOR_MEASURES[4:]}
+
+    return measures("", "generator_"), measures("generator_", "")
+
+
+GENERATOR_MEASURES = (
+    *("signal_accuracy", "gap", "quality_good", "quality_bad"),
+    *("on_policy_good", "on_policy_bad", "contrast_good", "contrast_bad"),
+)
+
+
+def generator_report(out: Path, seeds: Sequence[int]) -> str:
+    """The trained generators against prompting alone, after one generator phase."""
+    found = {
+        name: [generator_row(out / f"generator/{name}-{seed}") for seed in seeds]
+        for name in GENERATORS
+    }
+    rows = [
+        ["prompting alone", *(spread([p[k] for p, _ in found["both"]]) for k in GENERATOR_MEASURES)]
+    ]
+    for name, (label, _) in GENERATORS.items():
+        rows.append([label, *(spread([g[k] for _, g in found[name]]) for k in GENERATOR_MEASURES)])
+    return table(["generator", *GENERATOR_MEASURES], rows)
+
+
 def main() -> int:
     """Build the bases, run the variants, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -267,14 +322,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--tables", type=Path, help="write the tables to this file as well")
     parser.add_argument("--picture", type=Path, help="draw the means of sso and pbaa to this file")
+    parser.add_argument(
+        "--generators", action="store_true", help="the generators of the 2025 method instead"
+    )
     given = parser.parse_args()
     seeds = range(given.seeds)
     out = given.out.resolve()
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         pool.map(build_base, [(seed, out) for seed in seeds], chunksize=1)
-        jobs = [(name, seed, out) for seed in seeds for name in given.variants]
+        names = [f"generator/{n}" for n in GENERATORS] if given.generators else given.variants
+        jobs = [(name, seed, out) for seed in seeds for name in names]
         for done in pool.imap_unordered(run_one, jobs):
             print("finished", done, flush=True)
+    if given.generators:
+        print(generator_report(out, seeds))
+        return 0
     curves = {name: [curve(out / f"{name}-{seed}") for seed in seeds] for name in given.variants}
     text = report(curves)
     if given.tables:

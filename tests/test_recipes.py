@@ -34,6 +34,8 @@ def small(recipe: Path, folder: Path, request) -> list[str]:
     if settings["data"].get("queries"):
         options += ["--data.queries_per_iteration=3", "--data.batch_size=2"]
         options += ["--pairs.sampler.init_args.max_new_tokens=6"]
+    if settings["model"].get("generator"):
+        options += ["--trainer.max_epochs=2", "--data.generator.queries_per_iteration=3"]
     if recipe.parent.name in LARGE:
         conftest = request.config.pluginmanager.getplugin(str(ROOT / "tests" / "conftest.py"))
         architecture, template = LARGE[recipe.parent.name]
@@ -73,6 +75,35 @@ def test_paper_settings_of_the_large_recipes():
         assert (objective["init_args"]["alpha"], objective["init_args"]["steering"]) == (0.66, 0.1)
         assert settings["trainer"]["max_epochs"] == 3
         assert settings["pairs"]["reference"] == "previous"
+
+
+def test_settings_of_the_2025_method():
+    large = [yaml.safe_load((ROOT / "configs" / f / "sso_2025.yaml").read_text()) for f in LARGE]
+    for settings in large:
+        generator = settings["model"]["generator"]["objective"]
+        assert generator["class_path"] == "DataGenerator"
+        dpo = {"class_path": "DPO", "init_args": {"beta": 0.1}}
+        assert generator["init_args"] == {"base": dpo, "sft": 0.1}
+        assert settings["model"]["objective"]["init_args"] == {"base": dpo}
+        assert settings["data"]["generator"]["queries_per_iteration"] == 8000
+
+
+def test_ablations_of_the_generator_differ_in_its_terms():
+    def settings(name: str) -> dict:
+        text = (ROOT / "configs" / "sandbox" / f"sso_2025{name}.yaml").read_text()
+        found = yaml.safe_load(text)
+        del found["trainer"]["default_root_dir"]
+        return found
+
+    changes = {
+        "_only_good": {"terms": "good"},
+        "_only_bad": {"terms": "bad"},
+        "_bad_for_original": {"terms": "bad", "bad": "bad"},
+    }
+    for name, change in changes.items():
+        expected = settings("")
+        expected["model"]["generator"]["objective"]["init_args"] |= change
+        assert settings(name) == expected
 
 
 def test_ablations_differ_from_sso_in_one_setting():
