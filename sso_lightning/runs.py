@@ -127,7 +127,8 @@ class RunLogger(Logger):
         whole = [x for x in path.read_text("utf-8").splitlines(keepends=True) if x.endswith("\n")]
         rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(whole)]
         rows = [row for row in rows if int(row.get("step") or 0) < step]
-        if last and not any(last.keys() <= row.keys() for row in rows[-1:]):
+        of_last = [row for row in rows if int(row.get("step") or 0) == step - 1]
+        if last and not any(last.keys() <= row.keys() for row in of_last):
             rows.append({"step": step - 1} | {key: _number(value) for key, value in last.items()})
         self._rows = rows + self._rows
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
