@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from sso_lightning.errors import InputError
 from sso_lightning.records import Message, Query, stream_seed
@@ -151,7 +151,29 @@ bad: {bad}
 
 Reply with one JSON object and nothing else: {{"good": "...", "bad": "..."}}"""
 
+_GUIDE = """\
+Two writers will answer the request below. One is to do it as well as it can be done, the other \
+noticeably worse. Each of them gets one guideline that says how to go about it.
+
+Request:
+{request}
+
+Write both guidelines, two sentences at most each. They must fit this very request and pull in \
+opposite directions on the same point. The bad one leads to a weaker answer, such as a careless, \
+shallow or clumsy one. Neither may ask for anything harmful, graphic or illegal, and neither may \
+give away any part of the answer.
+
+Reply in this form and with nothing else:
+
+## Bad guideline
+...
+
+## Good guideline
+..."""
+_BOUND = "Even so, write nothing harmful, graphic or illegal."
+
 _LONGEST_PRINCIPLE = 600  # characters
+_HEADING = re.compile(r"^[#*\s]*(bad|good) guideline[*:\s]*$", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -210,12 +232,14 @@ def principle_rates(counts: Mapping[str, int]) -> dict[str, float]:
 
     Returns:
         `pairs/feature_fill_rate` (features drawn at random because the policy named too few) and
-        `pairs/principle_fallback_rate` (predefined text used because the policy's did not
-        parse), each a share of what was asked for, absent where nothing was.
+        `pairs/principle_fallback_rate` (predefined text used because the answer did not parse)
+        and `pairs/principle_failed_rate` (predefined text used because another model's server
+        gave no answer), each a share of what was asked for, absent where nothing was.
     """
     rates = {
         "pairs/feature_fill_rate": ("features_filled", "features_requested"),
         "pairs/principle_fallback_rate": ("principles_fallback", "principles_requested"),
+        "pairs/principle_failed_rate": ("principles_failed", "principles_sent"),
     }
     return {
         name: counts.get(part, 0) / counts[whole]
@@ -225,12 +249,13 @@ def principle_rates(counts: Mapping[str, int]) -> dict[str, float]:
 
 
 def compose_system(adjectives: Sequence[str], principles: Sequence[str]) -> str:
-    """The system message for one side: adjectives, principles, and silence about both."""
-    *most, last = adjectives
+    """The system message for one side: adjectives if any, principles, and silence about both."""
+    *most, last = adjectives or ("",)
     listed = f"{', '.join(most)} and {last}" if most else last
+    opening = f"Write an answer that is {listed}. Keep" if listed else "When you answer, keep"
     lines = "\n".join(f"- {principle}" for principle in principles)
     return (
-        f"Write an answer that is {listed}. Keep to the following:\n{lines}\n"
+        f"{opening} to the following:\n{lines}\n"
         "Give the answer only: never mention or hint at these instructions, and put no heading "
         "on the answer that describes it."
     )
@@ -283,14 +308,31 @@ def parse_principles(answer: str) -> tuple[str, str] | None:
         texts = (values.get("good"), values.get("bad"))
         if not all(isinstance(text, str) for text in texts):
             return None
-        good, bad = (" ".join(text.split()) for text in texts)
-        try:
-            (good + bad).encode()  # an escape can smuggle in half of a surrogate pair
-        except UnicodeEncodeError:
-            return None
-        fits = all(0 < len(text) <= _LONGEST_PRINCIPLE for text in (good, bad))
-        return (good, bad) if fits and good != bad else None
+        return _opposed(*texts)
     return None
+
+
+def parse_guidelines(answer: str) -> tuple[str, str] | None:
+    """The text under "Good guideline" and that under "Bad guideline", or None.
+
+    The headings stand on lines of their own, the bad one first, each once. What comes before them
+    is dropped; the texts are held to the same bounds as in `parse_principles`.
+    """
+    parts = _HEADING.split(answer)
+    if [heading.lower() for heading in parts[1::2]] != ["bad", "good"]:
+        return None
+    return _opposed(good=parts[4], bad=parts[2])
+
+
+def _opposed(good: str, bad: str) -> tuple[str, str] | None:
+    """Two texts with white space collapsed, or None if they cannot serve as principles."""
+    good, bad = (" ".join(text.split()) for text in (good, bad))
+    try:
+        (good + bad).encode()  # an escape can smuggle in half of a surrogate pair
+    except UnicodeEncodeError:
+        return None
+    fits = all(0 < len(text) <= _LONGEST_PRINCIPLE for text in (good, bad))
+    return (good, bad) if fits and good != bad else None
 
 
 def _request(messages: Sequence[Message]) -> str:
@@ -333,7 +375,7 @@ class PrincipleSource(ABC):
         safety_mode: Kept in every record: "careless", "paper" or "off".
     """
 
-    name: ClassVar[str]
+    name: str
     safety_mode: str
 
     def settings(self) -> dict[str, Any]:
@@ -472,10 +514,55 @@ class PredefinedPrinciples(PrincipleSource):
 class PolicyPrinciples(PredefinedPrinciples):
     """Principles that the policy writes for every query, with the predefined ones to fall back on.
 
-    Takes the arguments of `PredefinedPrinciples`.
+    Args:
+        format: "features" asks for the good and bad principle of each picked feature as JSON
+            (2024); "guidelines" asks for one bad and one good guideline per query under two fixed
+            headings (2025), and draws features only where that does not parse.
+        **predefined: Arguments of `PredefinedPrinciples`.
+
+    Raises:
+        InputError: A setting is wrong; the message names it.
     """
 
     name = "policy"
+
+    def __init__(
+        self, format: Literal["features", "guidelines"] = "features", **predefined: Any
+    ) -> None:
+        super().__init__(**predefined)
+        if format not in ("features", "guidelines"):
+            raise InputError(f"principles.format: {format!r} is not one of features, guidelines")
+        self.format = format
+
+    def settings(self) -> dict[str, Any]:
+        """See `PrincipleSource.settings`."""
+        return {**super().settings(), "format": self.format}
+
+    def propose(self, queries: Sequence[Query], draw: Draw) -> list[Steering]:
+        """See `PrincipleSource.propose`."""
+        if self.format == "features":
+            return super().propose(queries, draw)
+        prompts = [
+            (f"{query.id}/guidelines", _GUIDE.format(request=_request(query.messages)))
+            for query in queries
+        ]
+        # so many tokens that an answer that was cut is too long to parse
+        written = self._write(prompts, 1024, parse_guidelines, draw)
+        return [
+            steer(self._pick(query, None, draw)) if texts is None else self._guide(*texts)
+            for query, texts in zip(queries, written, strict=True)
+        ]
+
+    def _guide(self, good: str, bad: str) -> Steering:
+        """A steering without features. What a model writes is not bounded, so the bad side is."""
+        bads = [bad] if self.safety_mode == "paper" else [bad, _BOUND]
+        return Steering(
+            features=(),
+            good_principle=good,
+            bad_principle="\n".join(bads),
+            good_system=compose_system((), [good]),
+            bad_system=compose_system((), bads),
+        )
 
     def _steer(
         self, queries: Sequence[Query], picked: Sequence[Sequence[Feature]], draw: Draw
@@ -495,14 +582,27 @@ class PolicyPrinciples(PredefinedPrinciples):
             )
             for query, feature in asked
         ]
-        written = {}
-        for (query, feature), answer in zip(asked, _ask(draw, prompts, 256), strict=True):
-            texts = parse_principles(answer)
-            draw.counts["principles_requested"] += 1
-            draw.counts["principles_fallback"] += texts is None
-            if texts is not None:
-                written[query.id, feature.name] = texts
+        written = {
+            (query.id, feature.name): texts
+            for (query, feature), texts in zip(
+                asked, self._write(prompts, 256, parse_principles, draw), strict=True
+            )
+            if texts is not None
+        }
         return [
             steer(features, [written.get((query.id, f.name), (f.good, f.bad)) for f in features])
             for query, features in zip(queries, picked, strict=True)
         ]
+
+    def _write(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        parse: Callable[[str], tuple[str, str] | None],
+        draw: Draw,
+    ) -> list[tuple[str, str] | None]:
+        """Ask for principles; good and bad text for each prompt, None (and counted) if unusable."""
+        written = [parse(answer) for answer in _ask(draw, prompts, max_new_tokens)]
+        draw.counts["principles_requested"] += len(written)
+        draw.counts["principles_fallback"] += written.count(None)
+        return written

@@ -17,6 +17,7 @@ from sso_lightning.principles import (
     PrincipleSource,
     compose_system,
     parse_features,
+    parse_guidelines,
     parse_principles,
     principle_rates,
 )
@@ -105,6 +106,47 @@ def test_principles_are_read_from_the_first_object(answer, expected):
 @given(st.text() | st.text('{}[]":,goodba \\un1'))
 def test_any_answer_gives_two_texts_or_none(answer):
     found = parse_principles(answer)
+    assert found is None or (all(found) and found[0] != found[1])
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            "## Bad guideline\nBe\n vague.\n\n## Good guideline\n\n Be exact. \n",
+            ("Be exact.", "Be vague."),
+        ),
+        ("Sure!\n**BAD GUIDELINE:**\nB\n**Good Guideline**\nA", ("A", "B")),
+        ("bad guideline\nB\ngood guideline\nA", ("A", "B")),
+        ("## Bad guideline\r\nB\r\n## Good guideline\r\nA", ("A", "B")),
+        (
+            "## Bad guideline\nA bad guideline is vague.\n## Good guideline\nA",
+            ("A", "A bad guideline is vague."),
+        ),
+        ("## Good guideline\nA\n## Bad guideline\nB", None),
+        ("## Bad guideline\nB\n## Good guideline\n  \n", None),
+        ("## Bad guideline\nB\n## Good guideline\nB", None),
+        ("## Bad guideline\nB\n## Good guideline\nA\n## Good guideline\nC", None),
+        ("## Bad guideline\n" + "b" * 601 + "\n## Good guideline\nA", None),
+        ("Bad guideline: B\nGood guideline: A", None),
+        ("## Bad guideline\nB", None),
+        ("## Bad guideline\n...\n\n## Good guideline\n...", None),
+        ("", None),
+    ],
+)
+def test_guidelines_are_read_from_under_their_two_headings(answer, expected):
+    assert parse_guidelines(answer) == expected
+
+
+@given(
+    st.text()
+    | st.text("bad gouiel\n#*:x")
+    | st.lists(st.sampled_from(["## Bad guideline\n", "## Good guideline\n", "x", "\n"])).map(
+        "".join
+    )
+)
+def test_any_answer_gives_two_guidelines_or_none(answer):
+    found = parse_guidelines(answer)
     assert found is None or (all(found) and found[0] != found[1])
 
 
@@ -330,3 +372,27 @@ def test_the_policy_never_writes_safety_in_paper_mode_either():
     (steering,) = source.propose(queries(), Draw(0, 0, never))
     assert steering.features == ("Safety",)
     assert source.propose([], Draw(0, 0, never)) == []
+
+
+def test_the_policy_writes_guidelines_too_and_failures_fall_back():
+    def answer(key):
+        return "No." if key == "q1/guidelines" else f"## Bad guideline\nB\n## Good guideline\n{key}"
+
+    policy = Policy(answer)
+    draw = Draw(0, 0, policy)
+    source = PolicyPrinciples(format="guidelines", concision=0)
+    first, second = source.propose(queries(2), draw)
+    assert first.features == ()
+    assert first.good_principle == "q0/guidelines"
+    assert "q0/guidelines" in first.good_system
+    assert first.bad_principle == "B\nEven so, write nothing harmful, graphic or illegal."
+    assert len(second.features) == 2
+    assert draw.counts == Counter(principles_requested=2, principles_fallback=1)
+    assert [key for key, _ in policy.asked] == ["q0/guidelines", "q1/guidelines"]
+    assert all("Neither may ask for anything harmful" in m[0]["content"] for _, m in policy.asked)
+    assert source.settings() != PolicyPrinciples(concision=0).settings()
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(InputError, match=r"principles\.format: 'json' is not one of"):
+        PolicyPrinciples(format="json")
