@@ -121,6 +121,7 @@ class RegeneratePairs(Callback):
         trainer.datamodule.regenerator = self  # type: ignore[attr-defined]
         trainer.datamodule.check_files()  # type: ignore[attr-defined]
         pl_module.load_tokenizer()
+        trainer.datamodule.check_pairs()  # type: ignore[attr-defined]
         log.info(
             "chat template: principles go into the %s",
             {"system": "system role", "fold": "last user turn"}[pl_module.renderer.mode],
@@ -150,6 +151,7 @@ class RegeneratePairs(Callback):
             if initial
             else None,
             policy=partial(speaking, module.policy, POLICY) if module.writer != POLICY else None,
+            token_sequences=module.objective.token_sequences,
             max_prompt_tokens=self.max_prompt_tokens,
             score_tokens=self.score_tokens,
             shard_size=self.shard_size,
@@ -227,6 +229,7 @@ class RegeneratePairs(Callback):
         identity = {
             "records": digest(texts),
             "sequences": [f"{c}/{r}" for c, r in sequences],
+            "token_scores": [f"{c}/{r}" for c, r in module.objective.token_sequences],
             "reference": digest(asdict(module.policy_config)),
             "shard_size": self.shard_size,
         }
@@ -259,7 +262,14 @@ class RegeneratePairs(Callback):
             for index, start in enumerate(range(0, len(records), self.shard_size)):
                 if index not in done:
                     chunk = records[start : start + self.shard_size]
-                    score(model, chunk, sequences, who="reference", max_tokens=self.score_tokens)
+                    score(
+                        model,
+                        chunk,
+                        sequences,
+                        who="reference",
+                        max_tokens=self.score_tokens,
+                        token_sequences=module.objective.token_sequences,
+                    )
                     store.write_shard(index, chunk, {})
 
     @contextmanager

@@ -8,13 +8,14 @@ a function of (seed, epoch) alone, so a resumed run sees the same batches in the
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sso_lightning.errors import InputError
@@ -34,6 +35,7 @@ from sso_lightning.scoring import Tree
 from sso_lightning.sources import is_hub
 
 Sequences = Sequence[tuple[str, str]]
+Stored = TypeVar("Stored")
 
 _COUNT = "queries_per_iteration"
 _OWN = (_COUNT, "steps_per_iteration")  # where None means all, not the policy's number
@@ -101,7 +103,9 @@ class PairBatch:
         self.closes_step = closes_step
 
 
-def collate(records: Sequence[Record], sequences: Sequences) -> PairBatch:
+def collate(
+    records: Sequence[Record], sequences: Sequences, token_sequences: Sequences = ()
+) -> PairBatch:
     """Records to a batch of exactly the sequences an objective names.
 
     >>> record = Record(id="a", messages=[{"role": "user", "content": "Hi"}], good="Yes", bad="No",
@@ -114,24 +118,33 @@ def collate(records: Sequence[Record], sequences: Sequences) -> PairBatch:
     (tensor([-4.], dtype=torch.float64), tensor([3]))
     """
     logps = {
-        (c, r): torch.tensor([_reference(x, f"{c}/{r}") for x in records], dtype=torch.float64)
+        (c, r): torch.tensor([_stored(x.scores, f"{c}/{r}") for x in records], dtype=torch.float64)
         for c, r in sequences
     }
     lengths = {
         r: torch.tensor([len(x.response_ids[r]) for x in records])
         for r in dict.fromkeys(r for _, r in sequences)
     }
+    tokens = {
+        (c, r): pad_sequence(
+            [
+                torch.tensor(_stored(x.token_scores, f"{c}/{r}"), dtype=torch.float64)
+                for x in records
+            ],
+            batch_first=True,
+        )
+        for c, r in token_sequences
+    }
     return PairBatch(
         [x.id for x in records],
         trees_of(records, sequences),
         sequences,
-        ContrastLogps(logps, lengths),
+        ContrastLogps(logps, lengths, tokens),
     )
 
 
-def _reference(record: Record, key: str) -> float:
-    """The reference's log-probability: the sampling policy's, unless another was stored."""
-    scores = record.scores
+def _stored(scores: Mapping[str, Stored], key: str) -> Stored:
+    """The reference's log-probabilities: the sampling policy's, unless others were stored."""
     return scores[f"reference/{key}"] if f"reference/{key}" in scores else scores[f"policy/{key}"]
 
 
@@ -206,6 +219,7 @@ class PlannedBatches(Dataset[PairBatch]):
         accumulate: int = 1,
         limit: int | None = None,
         rank: int = 0,
+        token_sequences: Sequences = (),
     ) -> None:
         """Plan an epoch.
 
@@ -216,6 +230,7 @@ class PlannedBatches(Dataset[PairBatch]):
             accumulate: Batches per optimizer step.
             limit: Batches that will be asked for, if not all.
             rank: This process.
+            token_sequences: What the objective needs token by token.
         """
         self.records = records
         self.turns = turns
@@ -223,6 +238,7 @@ class PlannedBatches(Dataset[PairBatch]):
         self.accumulate = accumulate
         self.limit = min(len(turns), limit or len(turns))
         self.rank = rank
+        self.token_sequences = token_sequences
 
     def __len__(self) -> int:
         return len(self.turns)
@@ -231,7 +247,7 @@ class PlannedBatches(Dataset[PairBatch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         mine = self.turns[index][self.rank]
-        batch = collate([self.records[i] for i in mine], self.sequences)
+        batch = collate([self.records[i] for i in mine], self.sequences, self.token_sequences)
         first = index - index % self.accumulate
         window = self.turns[first : min(first + self.accumulate, self.limit)]
         # the trainer divides every loss by `accumulate`, also in a last, shorter window, and the
@@ -342,6 +358,7 @@ class SSODataModule(pl.LightningDataModule):
         self.predict_queries = predict_queries
         self.columns = columns or {}
         self._read: dict[str, list[Query]] = {}
+        self._given: dict[str, list[Record]] = {}
         self.queries_per_iteration = queries_per_iteration
         self.val_limit = val_limit
         self.batch_size = batch_size
@@ -386,12 +403,18 @@ class SSODataModule(pl.LightningDataModule):
             if path and not is_hub(path) and not Path(path).exists():
                 raise InputError(f"data.{key}: no file {path}")
             if path and key.endswith("pairs"):
-                load_records(path, self._columns(key))
+                self._given[key] = load_records(path, self._columns(key))
             elif path:
                 queries = self._queries(key)
                 if key == "queries":
                     for count in (self.queries_per_iteration, self._of_generator.get(_COUNT)):
                         self._take(queries, 0, count)
+
+    def check_pairs(self) -> None:
+        """Check the records of files against tokenizer and objective, before weights are loaded."""
+        for key, records in self._given.items():
+            for record in records:
+                self._check_record(record, f"{getattr(self, key)}: record {record.id!r}")
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Batches of the current epoch's set, built or read when they are asked for."""
@@ -411,6 +434,7 @@ class SSODataModule(pl.LightningDataModule):
             trainer.accumulate_grad_batches,
             limit=limit if isinstance(limit, int) else int(limit * len(turns)),
             rank=trainer.global_rank,
+            token_sequences=self._module.objective.token_sequences,
         )
         return self._loader(planned, self.batches_done(trainer.current_epoch))
 
@@ -459,7 +483,8 @@ class SSODataModule(pl.LightningDataModule):
             }
 
         reference = batch.reference
-        batch.reference = ContrastLogps(move(reference.logps), move(reference.lengths))
+        parts = (reference.logps, reference.lengths, reference.tokens)
+        batch.reference = ContrastLogps(*map(move, parts))
         return batch
 
     # ------------------------------------------------------------------ what is behind it
@@ -494,7 +519,9 @@ class SSODataModule(pl.LightningDataModule):
         order = range(rank, len(records), world) if world <= len(records) else range(len(records))
         size = self.val_batch_size
         turns = [[order[i : i + size]] for i in range(0, len(order), size)]
-        return self._loader(PlannedBatches(records, turns, self._sequences))
+        by_token = self._module.objective.token_sequences
+        planned = PlannedBatches(records, turns, self._sequences, token_sequences=by_token)
+        return self._loader(planned)
 
     @property
     def _of_generator(self) -> dict[str, int | None]:
@@ -616,31 +643,50 @@ class SSODataModule(pl.LightningDataModule):
             raise InputError(
                 "no callback scores pairs; add sso_lightning.callbacks.RegeneratePairs"
             )
-        path = getattr(self, key)
-        records = load_records(path, self._columns(key))
-        renderer = self._module.renderer
+        records = self._given.pop(key, None) or load_records(getattr(self, key), self._columns(key))
         for record in records:
-            self._tokenize(record, renderer, path)
+            if self.retokenize or not record.prompt_ids:
+                self._tokenize(record, self._module.renderer)
         return self.regenerator.score(records, self._sequences, name)
 
-    def _tokenize(self, record: Record, renderer: ChatRenderer, path: str) -> None:
-        """Give a record from a file the token ids of what the objective needs."""
-        where = f"{path}: record {record.id!r}"
+    def _check_record(self, record: Record, where: str) -> None:
+        """Refuse a record that the objective cannot use."""
+        module = self._module
+        objective = type(module.objective).__name__
         if record.prompt_ids and not self.retokenize:
-            if record.template != renderer.template_hash:
+            if record.template != module.renderer.template_hash:
                 raise InputError(
                     f"{where} was made with another chat template; set data.retokenize: true to "
                     "tokenize its texts anew"
                 )
+            ids = {f"{c} prompt": record.prompt_ids.get(c) for c, _ in self._sequences}
+            ids |= {f"{r} answer": record.response_ids.get(r) for _, r in self._sequences}
+            for what, found in ids.items():
+                if not found:
+                    raise InputError(
+                        f"{where} has no token ids of the {what}, which {objective} needs; set "
+                        "data.retokenize: true to tokenize its texts anew"
+                    )
+                if module.vocabulary is not None and max(found) >= module.vocabulary:
+                    raise InputError(
+                        f"{where}: the {what} has the token id {max(found)}, but the vocabulary "
+                        f"of {module.policy_config.path} ends at {module.vocabulary - 1}"
+                    )
             return
         contexts = {c for c, _ in self._sequences}
         responses = {r for _, r in self._sequences}
-        systems = {"query": None, "good": record.good_system, "bad": record.bad_system}
-        lacking = [f"{c}_system" for c in CONTEXTS if c in contexts and systems[c] == ""]
+        lacking = [
+            f"{c}_system"
+            for c in CONTEXTS
+            if c in contexts and c != "query" and not getattr(record, f"{c}_system")
+        ]
         lacking += [r for r in RESPONSES if r in responses and not getattr(record, r)]
         if lacking:
-            objective = type(self._module.objective).__name__
             raise InputError(f"{where} has no {lacking[0]}, which {objective} needs")
+
+    def _tokenize(self, record: Record, renderer: ChatRenderer) -> None:
+        """Give a record from a file the token ids of what the objective needs."""
+        systems = {"query": None, "good": record.good_system, "bad": record.bad_system}
         record.prompt_ids = {
             c: renderer.render(record.messages, systems[c]) for c in CONTEXTS if systems[c] != ""
         }

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 
@@ -18,7 +19,7 @@ from sso_lightning.data import PairBatch
 from sso_lightning.errors import InputError
 from sso_lightning.losses import IPO
 from sso_lightning.objectives import ContrastLogps, Objective
-from sso_lightning.pairs import columns_of
+from sso_lightning.pairs import columns_of, rows_of
 from sso_lightning.policy import (
     GENERATOR,
     POLICY,
@@ -29,9 +30,10 @@ from sso_lightning.policy import (
     load_model,
     load_tokenizer,
     set_adapter_weights,
+    vocabulary_size,
 )
 from sso_lightning.prompts import ChatRenderer
-from sso_lightning.scoring import response_logps
+from sso_lightning.scoring import response_logps, token_logps
 
 log = logging.getLogger("sso_lightning")
 
@@ -165,6 +167,8 @@ class SSOModule(pl.LightningModule):
         """
         super().__init__()
         policy.check()
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"model.max_tokens must be at least 1, got {max_tokens}")
         if generator and not policy.lora:
             raise InputError(
                 "model.generator is a second adapter: set model.policy.lora, or train generator "
@@ -182,6 +186,7 @@ class SSOModule(pl.LightningModule):
         self.policy: Any = None
         self.tokenizer: Any = None
         self.renderer: ChatRenderer
+        self.vocabulary: int | None = None
         self._step_metrics = _Gathered()
         self._held_out_metrics = _Gathered()
         self._ipo_progress: list[float] = []
@@ -207,10 +212,18 @@ class SSOModule(pl.LightningModule):
     def load_tokenizer(self) -> None:
         """Load the tokenizer and probe its chat template: seconds, and needs no weights."""
         if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.policy_config)
-            self.renderer = ChatRenderer(
-                self.tokenizer, self.policy_config.system_role, self.policy_config.template_kwargs
-            )
+            config = self.policy_config
+            self.tokenizer = load_tokenizer(config)
+            self.renderer = ChatRenderer(self.tokenizer, config.system_role, config.template_kwargs)
+            self.vocabulary = vocabulary_size(config)
+            # added tokens that are never used, such as one for padding, may lie beyond it
+            highest = max(self.tokenizer.vocab_size - 1, *self.renderer.stop_ids)
+            if self.vocabulary is not None and highest >= self.vocabulary:
+                raise InputError(
+                    f"policy.path: the tokenizer of {config.path} has the token id {highest}, but "
+                    f"the model's vocabulary ends at {self.vocabulary - 1}; they do not belong "
+                    "together"
+                )
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over the trainable weights; the schedule acts in `optimizer_step`."""
@@ -221,7 +234,13 @@ class SSOModule(pl.LightningModule):
             of_policy = [p for n, p in trainable.items() if f".{GENERATOR}." not in n]
             own_rate = {"lr": self.generator.lr} if self.generator.lr else {}
             groups = [{"params": of_policy}, {"params": of_generator, **own_rate}]
-        optimizer = self.optimizer(groups)
+        try:
+            optimizer = self.optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.optimizer: {error}") from error
+        for key, value in optimizer.defaults.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"model.optimizer: {key} must be finite, got {value}")
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
@@ -275,10 +294,21 @@ class SSOModule(pl.LightningModule):
         """Log-probabilities of a batch by what is trained in this epoch, with gradient."""
         if self.generator:
             activate(self.policy, GENERATOR if self.trains_generator else POLICY)
-        logps, lengths = response_logps(self.policy, batch.trees, max_tokens=self.max_tokens)
+        by_token: dict[tuple[str, str], Tensor] = {}
+        if batch.reference.tokens:
+            parts = token_logps(self.policy, batch.trees, max_tokens=self.max_tokens)
+            for sequence in batch.reference.tokens:
+                rows = [*rows_of(parts, batch.sequences, sequence)]
+                by_token[sequence] = pad_sequence(rows, batch_first=True)
+            logps = torch.stack([part.sum() for part in parts])
+            lengths = torch.tensor([len(part) for part in parts], device=logps.device)
+        else:
+            logps, lengths = response_logps(self.policy, batch.trees, max_tokens=self.max_tokens)
         counts = columns_of(lengths, batch.sequences)
         return ContrastLogps(
-            columns_of(logps, batch.sequences), {r: counts[c, r] for c, r in batch.sequences}
+            columns_of(logps, batch.sequences),
+            {r: counts[c, r] for c, r in batch.sequences},
+            by_token,
         )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:

@@ -10,6 +10,7 @@ weights for the length of the pass and frees them.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,8 +85,14 @@ class PolicyConfig:
             )
         if self.quantize and self.adapter:
             problems.append("policy.adapter cannot be merged into a quantised base; merge it first")
-        if self.lora and self.lora.r < 1:
-            problems.append(f"policy.lora.r must be at least 1, got {self.lora.r}")
+        if self.lora:
+            problems += [
+                f"policy.lora.{key} must be at least 1, got {value}"
+                for key, value in {"r": self.lora.r, "alpha": self.lora.alpha}.items()
+                if value < 1
+            ]
+            if not 0 <= self.lora.dropout < 1:
+                problems.append(f"policy.lora.dropout must be in [0, 1), got {self.lora.dropout}")
         if self.chat_template and not Path(self.chat_template).is_file():
             problems.append(f"policy.chat_template: no file {self.chat_template}")
         if _looks_local(self.path) and not Path(self.path).is_dir():
@@ -99,13 +106,20 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 
-def _from_hub(what: str, path: str, load: Any) -> Any:
+def _from_hub(key: str, what: str, path: str, load: Any) -> Any:
     """Call a transformers loader; a path that cannot be loaded becomes one clear line."""
     try:
         return load()
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"policy.path: cannot load the {what} of {path}: {reason}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{key}: cannot load the {what} of {path}: its weights are a damaged pickle or one "
+            "that holds code; convert them to safetensors"
+        ) from error
+    except Exception as error:  # damaged files make the loaders raise anything, a bare one too
+        sentence = " ".join(str(error).split()).partition(". ")[0]
+        raise InputError(f"{key}: cannot load the {what} of {path}: {sentence[:200]}") from error
 
 
 def load_tokenizer(config: PolicyConfig) -> Any:
@@ -114,6 +128,7 @@ def load_tokenizer(config: PolicyConfig) -> Any:
 
     config.check()
     tokenizer = _from_hub(
+        "policy.path",
         "tokenizer",
         config.path,
         lambda: AutoTokenizer.from_pretrained(
@@ -121,8 +136,33 @@ def load_tokenizer(config: PolicyConfig) -> Any:
         ),
     )
     if config.chat_template:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            file = config.chat_template
+            raise InputError(f"policy.chat_template: {file} is not UTF-8") from error
+        if not tokenizer.chat_template.strip():
+            raise InputError(f"policy.chat_template: {config.chat_template} is empty")
     return tokenizer
+
+
+def vocabulary_size(config: PolicyConfig) -> int | None:
+    """Number of tokens that the model has embeddings for, as its config says; None if it does not.
+
+    Read without the weights, so that token ids can be checked before those are loaded.
+    """
+    from transformers import AutoConfig
+
+    found = _from_hub(
+        "policy.path",
+        "config",
+        config.path,
+        lambda: AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        ),
+    )
+    size: int | None = getattr(found.get_text_config(), "vocab_size", None)
+    return size
 
 
 def load_model(config: PolicyConfig, *, trainable: bool = True) -> Any:
@@ -148,13 +188,19 @@ def load_model(config: PolicyConfig, *, trainable: bool = True) -> Any:
     if config.quantize:
         options["quantization_config"] = _quantization(config)
     model = _from_hub(
-        "model", config.path, lambda: AutoModelForCausalLM.from_pretrained(config.path, **options)
+        "policy.path",
+        "model",
+        config.path,
+        lambda: AutoModelForCausalLM.from_pretrained(config.path, **options),
     )
     if config.adapter:
         from peft import PeftModel
 
         merged = _from_hub(
-            "adapter", config.adapter, lambda: PeftModel.from_pretrained(model, config.adapter)
+            "policy.adapter",
+            "adapter",
+            config.adapter,
+            lambda: PeftModel.from_pretrained(model, config.adapter),
         )
         model = merged.merge_and_unload()
     if not trainable:
@@ -311,7 +357,10 @@ def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     _remove(partial)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     if merge and is_peft(model):
         # merge_and_unload would consume the model that may still be in training
         model.merge_adapter(adapter_names=[POLICY])
@@ -360,8 +409,6 @@ def export_checkpoint(
         InputError: If the file is missing, is not a checkpoint of this library, has no generator
             but should, or `out` exists.
     """
-    import pickle
-
     if not checkpoint.is_file():
         raise InputError(f"no checkpoint {checkpoint}")
     if out.exists():
@@ -378,8 +425,14 @@ def export_checkpoint(
         pickle.UnpicklingError,
     ) as error:
         raise InputError(f"{checkpoint} is damaged or not a checkpoint of this library") from error
-    lora = settings.pop("lora")
-    config = PolicyConfig(**settings, lora=LoRA(**lora) if lora else None)
+    try:
+        lora = settings.pop("lora")
+        config = PolicyConfig(**settings, lora=LoRA(**lora) if lora else None)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{checkpoint} was written by another version of this library: its settings of the "
+            "policy are others"
+        ) from error
     model = load_model(config)
     own = {name.removeprefix("policy."): value for name, value in state.items()}
     kept, left = (GENERATOR, POLICY) if generator else (POLICY, GENERATOR)

@@ -57,6 +57,11 @@ class ChatRenderer:
                 f"the tokenizer {self._name} has no chat template; use a chat model's tokenizer "
                 "or set its chat_template"
             )
+        if not self._encode(_FIRST):
+            raise InputError(
+                f"the tokenizer {self._name} turns text into no token; its vocabulary is missing "
+                "(tokenizer.json)"
+            )
         self.mode = "fold" if system_role == "fold" else "system"
         self._probe((_FIRST,), system=None)
         self._probe((_FIRST, _ANSWER, _LAST), system=None)

@@ -30,7 +30,7 @@ CONTEXTS = ("query", "good", "bad")
 RESPONSES = ("good", "bad", "original")
 MARKS = ("bad_is_instructed", "safety_mode", "content_flags")
 """What every file says of texts that were asked to be bad."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _ROLES = ("system", "user", "assistant")
 _QUERY_KEYS = ("messages", "prompt", "instruction", "query", "question", "conversations")
@@ -90,6 +90,8 @@ class Record:
         schema_version: Of this layout.
         scores: Summed log-probabilities in nats, by "policy/<context>/<response>" and
             "reference/<context>/<response>".
+        token_scores: Log-probabilities of every token of a response, by the same keys, where an
+            objective needs them.
     """
 
     id: str
@@ -119,6 +121,7 @@ class Record:
     content_flags: list[str] = field(default_factory=lambda: ["unscreened"])
     schema_version: int = SCHEMA_VERSION
     scores: dict[str, float] = field(default_factory=dict)
+    token_scores: dict[str, list[float]] = field(default_factory=dict)
 
 
 def stream_seed(seed: int, *key: object) -> int:
@@ -252,6 +255,16 @@ def _scores(value: Any, what: str) -> dict[str, float]:
     return scores
 
 
+def _token_scores(value: Any, what: str) -> dict[str, list[float]]:
+    scores = _keyed(value, what)
+    for key, values in scores.items():
+        if not isinstance(values, list):
+            raise InputError(f"{what}: {key} must be a list of numbers")
+        at = {str(index): number for index, number in enumerate(values)}
+        scores[key] = [*_scores(at, f"{what}: {key}").values()]
+    return scores
+
+
 def _version(value: Any, what: str) -> int:
     if _integer(value, what) < 1:
         raise InputError(f"{what} is {value}; versions begin with 1")
@@ -272,6 +285,7 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "finish": _by(RESPONSES, _finish),
     "sampler": _settings,
     "scores": _scores,
+    "token_scores": _token_scores,
     "schema_version": _version,
     "str": _text,
     "int": _integer,
@@ -435,7 +449,9 @@ def _check_pair(row: Row, **answers: str) -> None:
     for key, text in answers.items():
         _filled(text, row.what(key))
     if len({*answers.values()}) == 1:
-        raise InputError(f"{row.where}: {' and '.join(map(repr, answers))} are equal; remove it")
+        raise InputError(
+            f"{row.where}: {' and '.join(map(repr, answers))} are equal; remove the row"
+        )
 
 
 def _own(row: Row, ids: _Ids) -> Record:
@@ -594,6 +610,7 @@ def _parquet_bytes(records: Iterable[Record]) -> bytes:
         "finish": struct(RESPONSES, pa.string()),
         "sampler": pa.string(),
         "scores": pa.map_(pa.string(), pa.float64()),
+        "token_scores": pa.map_(pa.string(), pa.list_(pa.float64())),
         "str": pa.string(),
         "int": pa.int64(),
         "bool": pa.bool_(),
@@ -603,7 +620,8 @@ def _parquet_bytes(records: Iterable[Record]) -> bytes:
     rows = []
     for record in records:
         row = _row_of(record)
-        row["sampler"], row["scores"] = json.dumps(row["sampler"]), [*row["scores"].items()]
+        row["sampler"] = json.dumps(row["sampler"])
+        row |= {key: [*row[key].items()] for key in ("scores", "token_scores")}
         rows.append(row)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)

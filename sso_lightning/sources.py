@@ -78,7 +78,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
         return json.loads(whole, object_pairs_hook=_once)
     except json.JSONDecodeError as exc:
         line = f", line {exc.lineno}" if exc.lineno > 1 else ""
-        reason = f"{exc.msg} at column {exc.colno}"
+        reason = f"{exc.msg.removesuffix(' at')} at column {exc.colno}"
         raise InputError(f"{where}{line}: not valid JSON ({reason})") from None
     except UnicodeDecodeError as exc:
         reason = f"not UTF-8: byte 0x{exc.object[exc.start]:02x} at {exc.start}"
