@@ -105,8 +105,7 @@ class RegeneratePairs(Callback):
         self.shard_size = shard_size
         self.filters = filters or []
         self._trainer: pl.Trainer
-        self._writer: dict[str, str] = {}
-        self._resumed_writer: dict[str, str] = {}
+        self._writers: dict[str, dict[str, str]] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach to the data module; check files and chat template before weights are loaded."""
@@ -156,18 +155,17 @@ class RegeneratePairs(Callback):
             score_tokens=self.score_tokens,
             shard_size=self.shard_size,
             forward_context=self._forward_context,
-            writer=self._resumed_writer if self._resumed_within() else None,
             # the set of the first iteration is by a policy that no checkpoint holds
             replaces=trainer.state.fn == "fit" and iteration > 0,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Who wrote the set in training."""
-        return {"writer": self._writer}
+        """Who wrote the sets that were built or read."""
+        return {"writers": self._writers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with a set of that policy only, when the checkpoint is from within an iteration."""
-        self._writer = self._resumed_writer = state_dict["writer"]
+        self._writers = state_dict["writers"]
 
     def _resumed_within(self) -> bool:
         """Whether a fit goes on in the middle of the current iteration."""
@@ -193,6 +191,8 @@ class RegeneratePairs(Callback):
         if name.startswith("generator") and not self._resumed_within():
             module.start_generator()
         builder = self.builder(iteration)
+        if self._resumed_within():
+            builder.writer = self._writers.get(name, {})
         with (
             speaking(module.policy, module.writer),
             self._first_process_only() as mine,
@@ -203,7 +203,7 @@ class RegeneratePairs(Callback):
             folder = Path(self._trainer.default_root_dir) / "pairs" / name
             if mine:
                 records, report = builder.build(queries, folder)
-                self._writer = {"policy": records[0].policy, "adapter": records[0].adapter}
+                self._writers[name] = {"policy": records[0].policy, "adapter": records[0].adapter}
                 _, counts = self._filtered(records, name)
                 self._announce(records, report | counts, name)
         return self._filtered(load_records(folder), name)[0]
@@ -316,6 +316,7 @@ class Guard(PairCallback):
         max_empty: float = 0.5,
         max_equal: float = 0.5,
         max_truncated: float = 0.5,
+        max_repeating: float = 0.25,
         stop: bool = False,
     ) -> None:
         """Set the callback up.
@@ -325,9 +326,16 @@ class Guard(PairCallback):
             max_empty: Share of a set's queries dropped for an empty answer that is too much.
             max_equal: Share of a set's queries dropped for equal answers that is too much.
             max_truncated: Share of answers of a kind cut by the length limit that is too much.
-            stop: End the run when one of the three shares is too much, instead of a warning.
+            max_repeating: Share of answers of a kind that are loops (see `pairs.repetition`) that
+                is too much.
+            stop: End the run when one of the four shares is too much, instead of a warning.
         """
-        shares = {"empty": max_empty, "equal": max_equal, "truncated": max_truncated}
+        shares = {
+            "empty": max_empty,
+            "equal": max_equal,
+            "truncated": max_truncated,
+            "repeating": max_repeating,
+        }
         wrong = [
             f"guard.max_{k} must be in [0, 1], got {v}"
             for k, v in shares.items()
@@ -379,7 +387,8 @@ class Guard(PairCallback):
             return sum(v for k, v in report.items() if "pairs/dropped_" in k and word in k) / total
 
         found = {"empty": dropped("empty_"), "equal": dropped("_equals_")}
-        found["truncated"] = max(report[f"pairs/truncated_{r}"] for r in RESPONSES)
+        for kind in ("truncated", "repeating"):
+            found[kind] = max(report[f"pairs/{kind}_{r}"] for r in RESPONSES)
         wrong = [
             f"{share:.0%} {kind} (guard.max_{kind}: {self.shares[kind]})"
             for kind, share in found.items()

@@ -233,7 +233,8 @@ class PairBuilder:
                 k: v for k, v in store.report.items() if k.startswith("pairs/dropped_") and v
             }
             reasons = ", ".join(
-                f"{k.removeprefix('pairs/dropped_')} {v}" for k, v in dropped.items()
+                f"{k.removeprefix('pairs/dropped_')} {v}, {v / len(queries):.0%}"
+                for k, v in dropped.items()
             )
             raise InputError(
                 f"{folder}: no record is left of {len(queries)} queries after cleaning "
@@ -478,6 +479,27 @@ def drop_reason(record: Record) -> str:
     return ""
 
 
+REPEATING = 0.5
+"""Repetition above which an answer counts as a loop; in the sandbox no answer of any run is."""
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of a text's n-grams that were in it before: seq-rep-n of Welleck et al. (2019).
+
+    "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319, section 6: one minus
+    distinct n-grams over n-grams. Prose has a few hundredths, an answer that ends in a loop comes
+    near 1. A text of fewer than n tokens has none.
+
+    Args:
+        ids: Tokens.
+        n: Tokens of an n-gram.
+    """
+    count = len(ids) - n + 1
+    if count < 1:
+        return 0.0
+    return 1.0 - len({tuple(ids[i : i + n]) for i in range(count)}) / count
+
+
 def report(
     records: Sequence[Record], dropped: Counter[str], counts: Counter[str]
 ) -> dict[str, float]:
@@ -489,6 +511,7 @@ def report(
     * `contrast_good`, `contrast_bad`: mean of avg(y+|x+) - avg(y+|x-) and of
       avg(y-|x-) - avg(y-|x+), nats per token: how much the principles still matter.
     * `length_<response>`, `truncated_<response>`: mean tokens, share cut by the length limit.
+    * `repeating_<response>`: share of answers whose `repetition` is above `REPEATING`: loops.
     * `feature_fill_rate`, `principle_fallback_rate`: see `principles.principle_rates`.
     """
     numbers: dict[str, float] = {"pairs/kept": len(records), "pairs/dropped": sum(dropped.values())}
@@ -504,6 +527,8 @@ def report(
         probabilities = [math.exp(mean_logp(r, "query", name)) for r in records]
         numbers[f"pairs/length_{name}"] = fmean(len(r.response_ids[name]) for r in records)
         numbers[f"pairs/truncated_{name}"] = fmean(r.finish[name] == "length" for r in records)
+        loops = [repetition(r.response_ids[name]) > REPEATING for r in records]
+        numbers[f"pairs/repeating_{name}"] = fmean(loops)
         numbers[f"pairs/on_policy_{name}"] = fmean(probabilities)
     numbers["pairs/gap_logp"] = gap(("query", "good"), ("query", "bad"))
     numbers["pairs/contrast_good"] = gap(("good", "good"), ("bad", "good"))

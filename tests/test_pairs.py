@@ -1,13 +1,14 @@
 import math
 from collections import Counter
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sso_lightning.errors import InputError
-from sso_lightning.pairs import SAMPLED_FROM, SCORED, PairBuilder, report
+from sso_lightning.pairs import SAMPLED_FROM, SCORED, PairBuilder, repetition, report
 from sso_lightning.principles import PredefinedPrinciples
 from sso_lightning.prompts import ChatRenderer
 from sso_lightning.records import Query, Record, load_records
@@ -275,8 +276,7 @@ def test_nothing_left_is_an_error_that_names_the_reasons(policy, tmp_path):
         with pytest.raises(InputError, match="no record is left of 2 queries") as caught:
             made.build(queries("a", "b"), tmp_path)
         line = str(caught.value)
-        assert "empty_bad 1" in line
-        assert "good_equals_bad 1" in line
+        assert "(empty_bad 1, 50%, good_equals_bad 1, 50%)" in line
         assert "\n" not in line
 
 
@@ -370,7 +370,67 @@ def test_a_set_of_other_queries_is_refused_also_when_ids_are_equal(policy, tmp_p
             builder(policy).build(other, tmp_path)
 
 
+def other_weights(policy):
+    model = deepcopy(policy[0])
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    return model, policy[1]
+
+
+def test_a_run_that_went_back_sets_aside_what_other_weights_wrote(policy, tmp_path):
+    asked, folder = queries("a", "b"), tmp_path / "set"
+    old, _ = builder(other_weights(policy)).build(asked, folder)
+    with pytest.raises(InputError, match="made with another policy"):
+        builder(policy).build(asked, folder)
+    new, _ = builder(policy, replaces=True).build(asked, folder)
+    assert new == builder(policy).build(asked, tmp_path / "fresh")[0] != old
+    assert load_records(tmp_path / "set.replaced-1") == old
+    with pytest.raises(
+        InputError, match="made with another seed"
+    ):  # a mistake, not another attempt
+        builder(policy, replaces=True, seed=8).build(asked, folder)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_a_policy_trained_since_reads_its_own_set_and_writes_none(policy, tmp_path):
+    asked, folder = queries("a", "b"), tmp_path / "set"
+    made, _ = builder(policy).build(asked, folder)
+    own = {"policy": made[0].policy, "adapter": made[0].adapter}
+
+    def resumed(writer, where=folder):
+        moved = builder(other_weights(policy), writer=writer, replaces=True)
+        return moved.build(asked, where)[0]
+
+    assert resumed(own) == resumed({}) == made
+    gone = pytest.raises(InputError, match="set that the checkpoint trains on")
+    with gone:
+        resumed({"policy": "another", "adapter": ""})
+    with gone:
+        resumed(own, tmp_path / "missing")
+    next(folder.glob("*.parquet")).unlink()
+    with gone:
+        resumed(own)
+    assert builder(policy).build(asked, folder)[0] == made  # what going further back does
+
+
 # --------------------------------------------------------------------------------------- the report
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "share"),
+    [
+        ([1, 2, 1, 2, 1, 2, 1, 2], 4, 0.6),  # 1212 2121 1212 2121 1212: two of five are new
+        ([7, 7, 7, 7, 7], 4, 0.5),
+        ([7, 7, 7, 7], 4, 0.0),
+        ([1, 2, 3, 4, 5, 1, 2, 3, 4, 6], 4, 1 / 7),
+        ([1, 1, 2], 1, 1 / 3),
+        ([1, 1, 1], 4, 0.0),
+        ([], 4, 0.0),
+    ],
+)
+def test_repetition_by_hand(ids, n, share):
+    assert repetition(ids, n) == pytest.approx(share)
 
 
 def test_report_of_two_records_worked_by_hand():
@@ -430,6 +490,9 @@ def test_report_of_two_records_worked_by_hand():
             "pairs/truncated_good": 0.0,
             "pairs/truncated_bad": 0.5,
             "pairs/truncated_original": 0.0,
+            "pairs/repeating_good": 0.0,
+            "pairs/repeating_bad": 0.0,
+            "pairs/repeating_original": 0.0,
             "pairs/on_policy_good": (math.exp(-1) + math.exp(-0.5)) / 2,
             "pairs/on_policy_bad": (math.exp(-2) + math.exp(-3)) / 2,
             "pairs/on_policy_original": (math.exp(-0.5) + math.exp(-2)) / 2,
@@ -438,3 +501,6 @@ def test_report_of_two_records_worked_by_hand():
             "pairs/contrast_bad": 1.25,
         }
     )
+    # a repetition of 0.6 is a loop, one of 0.5 is not yet
+    a.response_ids["good"], b.response_ids["good"] = [1, 2] * 4, [7] * 5
+    assert report([a, b], dropped, counts)["pairs/repeating_good"] == 0.5

@@ -1,8 +1,10 @@
 """A run that is told to stop, or must: what it keeps, what it says, and how it goes on."""
 
 import csv
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from sso_lightning.errors import InputError
 from sso_lightning.records import load_records, replace_file
 
 USER_CODE = """
-import os, resource, signal
+import os, random, resource, signal
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from sso_lightning.objectives import Contrastive
@@ -34,6 +37,12 @@ class KickStep(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if (trainer.current_epoch, batch_idx) == (1, self.batch):
             kick(self.name, self.times)
+
+
+class KickRank(KickStep):
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_rank == 1:
+            super().on_train_batch_start(trainer, *args)
 
 
 class KickValidation(Callback):
@@ -87,6 +96,21 @@ class Endless(Contrastive):
         return losses["query"] + torch.inf, {}  # with finite gradients
 
 
+class Noisy(Contrastive):
+    '''A loss that hangs on every random number generator.'''
+
+    def combine(self, losses, policy):
+        noise = random.random() + np.random.rand() + torch.rand(()).item()
+        return losses["query"] * noise, {"noise": torch.tensor(noise)}
+
+
+class OwnSeeds(Callback):
+    def on_train_start(self, trainer, module):
+        if not trainer.global_step:
+            for seed in (random.seed, np.random.seed, torch.manual_seed):
+                seed(trainer.global_rank)
+
+
 class DiskFull(Callback):
     def __init__(self, size: int, hook: str):
         self.hook, self.size = hook, size
@@ -110,7 +134,7 @@ def home(tmp_path_factory, tiny_model):
     return folder
 
 
-def config(home, root, callback=None, sampler=None, **changes):
+def config(home, root, callback=None, sampler=None, more=(), **changes):
     """Two iterations of four steps of two batches of one record (fewer if records are dropped)."""
 
     def own(spec):
@@ -126,7 +150,7 @@ def config(home, root, callback=None, sampler=None, **changes):
             "devices": 1,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            **({"callbacks": [own(callback)]} if callback else {}),
+            "callbacks": [own(c) for c in (callback, *more) if c],
         },
         "model": {
             "policy": {"path": str(home / "model")},
@@ -195,7 +219,8 @@ def assert_same(root, other):
 def whole(home, tmp_path_factory):
     """The run that nothing happens to."""
     root = tmp_path_factory.mktemp("whole") / "run"
-    assert run_alone(home, config(home, root)).returncode == 0
+    done = run_alone(home, config(home, root), "--checkpoint.every_n_steps", "1")
+    assert done.returncode == 0, done.stderr
     assert checkpoint(root)["global_step"] >= 6
     return root
 
@@ -288,6 +313,246 @@ def test_exit_statuses_of_processes(home, tmp_path):
         assert steps == (first + 2 if times == 1 else first)
 
 
+# ------------------------------------------------------------------- random numbers and processes
+
+
+def noisy(home, **policy):
+    """Changes that make training hang on random numbers, which are other ones in every process."""
+    settings = yaml.safe_load(config(home, home / "noisy").read_text())
+    settings["model"]["objective"]["class_path"] = "stop_code.Noisy"
+    settings["model"]["policy"].update(policy)
+    return {"model": settings["model"], "data": settings["data"], "more": [("OwnSeeds", {})]}
+
+
+@pytest.mark.slow
+def test_random_numbers_go_on_bit_for_bit(home, fit, tmp_path):
+    """Those of LoRA's dropout too; stopped between iterations and within one."""
+    changes = noisy(home, lora={"r": 4, "alpha": 8, "dropout": 0.1})
+    changes["data"]["num_workers"] = 2
+    assert fit(callback=("KickValidation", {"epoch": 0}), **changes)[0] == 143
+    step = ("KickStep", {"name": "SIGTERM", "batch": 2})
+    assert fit("--ckpt_path", "last", callback=step, **changes)[0] == 143
+    assert fit("--ckpt_path", "last", **changes)[0] == 0
+    stopped = (tmp_path / "run").rename(tmp_path / "stopped")
+    assert fit(**changes)[0] == 0
+    assert_same(stopped, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_bit_for_bit(home, fit, tmp_path):
+    """Stopped by a signal to the second one, and with the two newest checkpoints damaged."""
+    changes = noisy(home)
+    changes["data"]["passes"] = 2
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--checkpoint.every_n_steps", "1")
+
+    def run(name, *arguments, **others):
+        path = config(home, tmp_path / name, **changes, **others)
+        return run_alone(home, path, *two, *arguments)
+
+    done = run("whole")
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "run"
+    kick = ("KickRank", {"name": "SIGTERM", "batch": 4})
+    done = run("run", callback=kick)
+    assert done.returncode == 143, done.stderr
+    first = checkpoint(tmp_path / "whole")["global_step"] // 2
+    last, steps = checkpoint(root), last_steps(root)
+    assert last["global_step"] == first + 3 == max(steps)
+    assert (
+        last["callbacks"]["RunState"]["ranks"][0]["torch"]
+        .ne(last["callbacks"]["RunState"]["ranks"][1]["torch"])
+        .any()
+    )
+    for path in (root / "checkpoints" / "last.ckpt", steps[first + 3]):
+        flip(path)
+    status, _, err = fit("--ckpt_path", steps[first + 2], **changes)
+    assert status == 2
+    assert "by 2 processes, and now there are 1" in err.splitlines()[-1]
+    done = run("run", "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"continuing with {steps[first + 2].name}") == 1
+    assert_same(root, tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------ damaged checkpoints
+
+
+def last_steps(root):
+    """Checkpoints of a run by the optimizer step in their name."""
+    files = (root / "checkpoints").glob("iteration-*.ckpt")
+    return {int(path.stem.rpartition("-")[2]): path for path in files}
+
+
+def flip(path):
+    """Turn one bit of a weight around, which torch itself reads without a word."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    from sso_lightning.checkpoints import check_checkpoint, newest_whole
+
+    assert newest_whole(tmp_path / "missing") == (None, [])
+    files = {}
+    # the order of the clock is not that of the steps: files that were copied, say
+    for name, step, clock in (("last", 6, 1), ("c", 4, 9), ("a", 9, 5), ("b", 8, 7)):
+        files[name] = tmp_path / f"{name}.ckpt"
+        weights = torch.arange(5000.0)
+        torch.save({"state_dict": {"w": weights}, "global_step": step}, files[name])
+        os.utime(files[name], (clock, clock))
+    assert newest_whole(tmp_path) == (files["last"], [])
+    flip(files["last"])
+    read = torch.load(files["last"], weights_only=True)["state_dict"]["w"]
+    assert (read != weights).sum() == 1, "torch does look, and the check may go"
+    assert newest_whole(tmp_path) == (files["a"], [files["last"]])
+    files["a"].write_bytes(files["a"].read_bytes()[:-100])
+    assert newest_whole(tmp_path) == (files["b"], [files["last"], files["a"]])
+    flip(files["b"])
+    assert newest_whole(tmp_path) == (files["c"], [files["last"], files["a"], files["b"]])
+    torch.save({"w": weights}, files["c"])  # whole, but no checkpoint
+    found, damaged = newest_whole(tmp_path)
+    assert found is None
+    assert {*damaged} == {*files.values()}
+    for data in (b"", b"not a checkpoint", b"PK"):
+        files["c"].write_bytes(data)
+        with pytest.raises(InputError, match=r"c\.ckpt is damaged or not a checkpoint"):
+            check_checkpoint(files["c"])
+    with pytest.raises(InputError, match="no checkpoint"):
+        check_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def spoilt(whole, tmp_path):
+    """A copy of the whole run in which every checkpoint after some step is damaged."""
+
+    def spoil(within, behind):
+        root = tmp_path / "run"
+        shutil.copytree(whole, root)
+        first = (len(load_records(root / "pairs" / "iteration-00")) + 1) // 2
+        steps = last_steps(root)
+        flip(root / "checkpoints" / "last.ckpt")
+        for step, path in steps.items():
+            if step > within * first + behind:
+                flip(path)
+        return root, steps[within * first + behind]
+
+    return spoil
+
+
+def by_other_weights(root):
+    path = root / "pairs" / "iteration-01" / "manifest.json"
+    values = json.loads(path.read_text())
+    values["identity"]["policy"] = "another"
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("within", "behind"), [(0, 1), (1, 0), (1, 1)])
+def test_a_damaged_checkpoint_costs_time_only(whole, fit, spoilt, within, behind):
+    root, newest = spoilt(within, behind)
+    replaced = (within, behind) == (1, 0)  # as if the step could not be repeated bit for bit
+    if replaced:
+        by_other_weights(root)
+    sets = {path: path.stat().st_mtime_ns for path in (root / "pairs").rglob("*.parquet")}
+    status, _, err = fit("--ckpt_path", "last")
+    assert status == 0, err
+    (line,) = (line for line in err.splitlines() if line.startswith("damaged in"))
+    assert "last.ckpt" in line
+    assert line.endswith(f"; continuing with {newest.name}")
+    assert_same(root, whole)
+    assert not list((root / "checkpoints").glob("*-v*.ckpt"))
+    if replaced:
+        old, new = (root / "pairs" / name for name in ("iteration-01.replaced-1", "iteration-01"))
+        assert load_records(old) == load_records(new)
+    else:
+        assert sets == {p: p.stat().st_mtime_ns for p in (root / "pairs").rglob("*.parquet")}
+
+
+@pytest.mark.slow
+def test_what_cannot_be_continued_says_so(home, fit, spoilt, sso):
+    root, newest = spoilt(1, 1)
+    by_other_weights(root)
+    status, _, err = fit("--ckpt_path", "last")
+    assert status == 2
+    assert "set that the checkpoint trains on" in err.splitlines()[-1]
+    # other numbers than those of the last state must be asked for
+    status, _, err = sso("validate", "--config", root.with_suffix(".yaml"), "--ckpt_path", "last")
+    assert status == 2
+    assert "last.ckpt" in err
+    assert err.endswith(f"{newest}: give it by its name\n")
+    for path in last_steps(root).values():
+        path.write_bytes(path.read_bytes()[:1000])
+    status, _, err = fit("--ckpt_path", "last")
+    assert status == 2
+    line = err.splitlines()[-1]
+    assert "no checkpoint in" in line
+    assert "last.ckpt" in line
+    assert newest.name in line
+
+
+# -------------------------------------------------------------------------------------------- SLURM
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """Job 123 of a cluster; returns the file in which its `scontrol` notes what it is asked for."""
+    job = {"JOB_ID": "123", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
+    for key, value in {**job, "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    tools, asked = tmp_path / "bin", tmp_path / "asked"
+    tools.mkdir()
+    tool = tools / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    return asked
+
+
+@pytest.mark.slow
+def test_slurm_has_a_job_again_after_its_step(whole, fit, slurm, tmp_path, monkeypatch):
+    same = ("--overwrite", "true")  # the command of a batch script is the same every time
+    status, _, err = fit(*same, callback=("KickStep", {"name": "SIGUSR1", "batch": 2}))
+    assert status == 138, err
+    assert slurm.read_text() == "requeue 123\n"
+    assert "job 123 is in the queue again" in err
+    assert checkpoint(tmp_path / "run")["SSODataModule"]["batches"] == 4
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert fit(*same)[0] == 0
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_slurm_ends_a_job_for_good_with_sigterm(fit, slurm):
+    assert fit(sampler=("KickSampler", {"call": 2}))[0] == 143
+    assert not slurm.exists()
+    status, _, err = fit()
+    assert status == 2
+    assert "already holds a run" in err
+
+
+def test_slurm_names_and_failures(slurm, monkeypatch, tmp_path, caplog):
+    from sso_lightning.checkpoints import _requeue, log
+    from sso_lightning.runs import is_requeued, slurm_job
+
+    (tmp_path / ".slurm-job").write_text("123")
+    assert not is_requeued(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert is_requeued(tmp_path)
+    assert not is_requeued(tmp_path / "another")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "120")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert slurm_job() == "120_3"
+    assert not is_requeued(tmp_path)
+    monkeypatch.setattr(log, "propagate", True)
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho not allowed >&2\nexit 1\n")
+    _requeue()
+    assert "scontrol requeue 120_3 failed (not allowed); submit" in caplog.text
+    monkeypatch.setenv("PATH", str(tmp_path))
+    _requeue()
+    assert "No such file" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------- guards
 
 
@@ -340,20 +605,18 @@ def test_shares_of_degenerate_answers_by_hand():
 
     report = {"pairs/kept": 6, "pairs/dropped": 4, "pairs/dropped_empty_bad": 1}
     report |= {"pairs/dropped_good_equals_bad": 2, "pairs/dropped_bad_equals_original": 1}
-    report |= {
-        "pairs/truncated_good": 0.25,
-        "pairs/truncated_bad": 0,
-        "pairs/truncated_original": 0,
-    }
+    for kind, most in (("truncated", 0.25), ("repeating", 0.2)):
+        report |= {f"pairs/{kind}_good": 0, f"pairs/{kind}_bad": most, f"pairs/{kind}_original": 0}
 
     def built(**bounds):
         Guard(stop=True, **bounds).on_pairs_built(None, None, [], report, "x")
 
-    built(max_empty=0.1, max_equal=0.3, max_truncated=0.25)
+    built(max_empty=0.1, max_equal=0.3, max_truncated=0.25, max_repeating=0.2)
     for bound, said in (
         ({"max_empty": 0.09}, "10% empty"),
         ({"max_equal": 0.29}, "30% equal"),
         ({"max_truncated": 0.2}, "25% truncated"),
+        ({"max_repeating": 0.1}, "20% repeating"),
     ):
         with pytest.raises(InputError, match=said):
             built(**bound)
