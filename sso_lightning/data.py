@@ -694,4 +694,4 @@ class SSODataModule(pl.LightningDataModule):
             r: renderer.encode_response(getattr(record, r)) for r in RESPONSES if getattr(record, r)
         }
         record.template = renderer.template_hash
-        record.scores = {}
+        record.scores, record.token_scores = {}, {}

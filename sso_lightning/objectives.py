@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -40,10 +40,13 @@ class ContrastLogps:
     Attributes:
         logps: (context, response) to summed log-probabilities in nats, shape `[batch]`.
         lengths: Response to its number of tokens, end-of-turn included, shape `[batch]`.
+        tokens: (context, response) to the log-probability of every token, shape
+            `[batch, longest]` with zeros at the end, for an objective's `token_sequences` only.
     """
 
     logps: Mapping[Sequence, Tensor]
     lengths: Mapping[str, Tensor]
+    tokens: Mapping[Sequence, Tensor] = field(default_factory=dict)
 
     def pair(self, context: str, chosen: str, rejected: str) -> PairLogps:
         """The two responses under one context, as a preference loss takes them."""
@@ -88,6 +91,8 @@ class Objective(ABC):
 
     base: PreferenceLoss
     terms: tuple[Term, ...]
+    token_sequences: tuple[Sequence, ...] = ()
+    """Sequences whose log-probabilities are needed token by token."""
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -133,7 +138,7 @@ class Objective(ABC):
         for term in self.terms:
             key = (term.context, term.chosen, term.rejected)
             pair = policy.pair(*key)
-            frozen = reference.pair(*key) if reference and self.needs_reference else None
+            frozen = reference.pair(*key) if reference and self.base.needs_reference else None
             losses[term.name] = self.base(pair, frozen)
             margin = self.base.rewards(pair, frozen).margin
             metrics[f"loss_{term.name}"] = losses[term.name].detach().mean()
@@ -287,3 +292,89 @@ class DataGenerator(Objective):
         nll = {t.name: -policy.mean(t.context, t.chosen) for t in self.terms}
         total = torch.stack([losses[t.name] + self.sft * nll[t.name] for t in self.terms]).sum(0)
         return total, {f"nll_{name}": value.detach().mean() for name, value in nll.items()}
+
+
+class Anchored(Objective):
+    """EXPERIMENTAL, our own: hold the bad context in place instead of training it.
+
+        L(x, y+, y-) + bad_anchor * A(x-, y-) + good_anchor * A(x+, y+)
+
+    A(c, y) keeps the policy's log-probabilities of y under c near the reference's, which under
+    `pairs.reference: previous` is the policy that sampled y. Training L(x, y+, y-) alone moves all
+    contexts and wears out the principles; an anchor preserves them, where the steering term of
+    `SelfSteering` trains them. With d = log p_ref - log p per token, averaged over the tokens of y:
+
+        square : 3 mean(d)^2, from sequence log-probabilities alone
+        k3     : mean(exp(d) - 1 - d), Schulman's estimate of KL(policy || reference)
+                 (http://joschu.net/blog/kl-approx.html), from those of every token
+
+    Both vanish at the reference together with their gradients, which a likelihood term does not.
+    Needs neither yo nor the two steering contrasts. Not from the papers and not known to hold for
+    large models; `benchmarks/results/` has what was measured.
+    """
+
+    def __init__(
+        self,
+        base: PreferenceLoss,
+        bad_anchor: float = 1.0,
+        good_anchor: float = 0.0,
+        form: Literal["square", "k3"] = "square",
+    ) -> None:
+        """Set the objective up.
+
+        Args:
+            base: The pair loss; one that is bounded below, such as IPO, can be held.
+            bad_anchor: Factor of the anchor on (x-, y-).
+            good_anchor: Factor of the anchor on (x+, y+).
+            form: How an anchor measures the distance.
+        """
+        factors = {"bad": bad_anchor, "good": good_anchor}
+        for name, value in factors.items():
+            if not (math.isfinite(value) and value >= 0.0):
+                raise InputError(f"Anchored {name}_anchor must be 0 or more, got {value}")
+        if form not in ("square", "k3"):
+            raise InputError(f"Anchored form must be square or k3, got {form!r}")
+        self.base = base
+        self.form = form
+        self.terms = (BASE,)
+        self.anchors = {name: float(value) for name, value in factors.items() if value}
+        held = tuple((name, name) for name in self.anchors)
+        self.token_sequences = held if form == "k3" else ()
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """The pair under the plain prompt, and what is held."""
+        return (*super().sequences, *((name, name) for name in self.anchors))
+
+    @property
+    def needs_reference(self) -> bool:
+        """An anchor does, whatever the pair loss needs."""
+        return bool(self.anchors) or self.base.needs_reference
+
+    def distance(self, policy: ContrastLogps, reference: ContrastLogps, name: str) -> Tensor:
+        """A(c, y) of each example, shape `[batch]`, nats (square: nats squared)."""
+        at = (name, name)
+        if self.form == "square":
+            return 3.0 * (reference.mean(*at) - policy.mean(*at)).square()
+        # padding is 0 in both, so that it adds exp(0) - 1 - 0
+        d = reference.tokens[at] - policy.tokens[at]
+        return (d.expm1() - d).sum(-1) / policy.lengths[name]
+
+    def combine(
+        self, losses: Mapping[str, Tensor], policy: ContrastLogps
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L(x, y+, y-); the anchors are added by `__call__`, as they read the reference."""
+        return losses["query"], {}
+
+    def __call__(
+        self, policy: ContrastLogps, reference: ContrastLogps | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the class; further metrics `anchor_<context>`: the mean distance of each."""
+        total, metrics = super().__call__(policy, reference)
+        for name, factor in self.anchors.items():
+            if reference is None:
+                raise InputError("Anchored needs the reference's log-probabilities")
+            distance = self.distance(policy, reference, name).mean()
+            metrics[f"anchor_{name}"] = distance.detach()
+            total = total + factor * distance
+        return total, metrics

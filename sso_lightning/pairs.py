@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +40,7 @@ from sso_lightning.records import (
     stream_seed,
 )
 from sso_lightning.sampling import Request, Sample, Sampler
-from sso_lightning.scoring import Tree, response_logps
+from sso_lightning.scoring import Tree, response_logps, token_logps
 
 log = logging.getLogger("sso_lightning")
 
@@ -81,6 +82,14 @@ def columns_of(
     return {key: table[:, i] for i, key in enumerate(keys)}
 
 
+def rows_of(
+    parts: Sequence[Tensor], sequences: Iterable[tuple[str, str]], wanted: tuple[str, str]
+) -> Sequence[Tensor]:
+    """One sequence's items, a record each, of a flat list over all responses of `trees_of`."""
+    keys = [(c, r) for c, responses in by_context(sequences).items() for r in responses]
+    return parts[keys.index(wanted) :: len(keys)]
+
+
 def score(
     model: Any,
     records: Sequence[Record],
@@ -88,8 +97,12 @@ def score(
     *,
     who: str,
     max_tokens: int | None,
+    token_sequences: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Store summed log-probabilities (nats) as `<who>/<context>/<response>` in each record."""
+    """Store summed log-probabilities (nats) as `<who>/<context>/<response>` in each record.
+
+    Those of `token_sequences` are stored token by token as well.
+    """
     if not records:
         return
     was_training = model.training
@@ -97,9 +110,17 @@ def score(
     try:
         with torch.no_grad():
             trees = trees_of(records, sequences)
-            logps, _ = response_logps(model, trees, max_tokens=max_tokens)
+            if token_sequences:
+                tokens = token_logps(model, trees, max_tokens=max_tokens)
+                logps = torch.stack([part.sum() for part in tokens])
+            else:
+                tokens = []
+                logps, _ = response_logps(model, trees, max_tokens=max_tokens)
     finally:
         model.train(was_training)
+    for sequence in token_sequences:
+        for record, values in zip(records, rows_of(tokens, sequences, sequence), strict=True):
+            record.token_scores[f"{who}/{'/'.join(sequence)}"] = values.tolist()
     for (context, response), values in columns_of(logps, sequences).items():
         for record, value in zip(records, values.tolist(), strict=True):
             record.scores[f"{who}/{context}/{response}"] = value
@@ -184,6 +205,7 @@ class PairBuilder:
         max_prompt_tokens: Queries with a longer prompt are dropped and counted, never cut.
         score_tokens: Token budget of one scoring batch.
         shard_size: Queries per shard.
+        token_sequences: Sequences whose log-probabilities are stored token by token.
         forward_context: Entered around the policy's forward passes (the trainer's precision).
         writer: Hashes of the policy that wrote the set, if the policy has been trained since (a
             run resumed within the iteration; empty if they are not known). The set must be there.
@@ -204,6 +226,7 @@ class PairBuilder:
     max_prompt_tokens: int = 4096
     score_tokens: int = 16384
     shard_size: int = 256
+    token_sequences: tuple[tuple[str, str], ...] = ()
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     writer: Mapping[str, str] | None = None
     replaces: bool = False
@@ -255,6 +278,8 @@ class PairBuilder:
             "max_prompt_tokens": self.max_prompt_tokens,
             "shard_size": self.shard_size,
         }
+        if self.token_sequences:
+            asked["token_scores"] = ["/".join(sequence) for sequence in self.token_sequences]
         if self.writer is None:
             base, adapter = fingerprint(self.model)
             expected = asked | {"policy": base, "adapter": adapter}
@@ -342,11 +367,18 @@ class PairBuilder:
                     dropped[reason] += bool(reason)
                     if not reason:
                         records.append(record)
+            scored = partial(
+                score,
+                records=records,
+                sequences=SCORED,
+                max_tokens=self.score_tokens,
+                token_sequences=self.token_sequences,
+            )
             with self.policy() if self.policy else nullcontext(self.model) as policy:
-                score(policy, records, SCORED, who="policy", max_tokens=self.score_tokens)
+                scored(policy, who="policy")
             if self.initial:
                 with self.initial() as start:
-                    score(start, records, SCORED, who="reference", max_tokens=self.score_tokens)
+                    scored(start, who="reference")
         return records, +dropped, draw.counts
 
     def _prompts(

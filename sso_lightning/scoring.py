@@ -118,29 +118,70 @@ def response_logps(
     Raises:
         InputError: A prompt is empty, so that nothing predicts the first token of its responses.
     """
+    tokens, entropies, owners = _score(model, trees, max_tokens, chunk_bytes, entropy)
+    lengths = [len(response) for tree in trees for response in tree.responses]
+
+    def per_response(values: Tensor) -> Tensor:
+        zeros = torch.zeros(len(lengths), dtype=_finest(values.device), device=values.device)
+        return zeros.index_add(0, owners, values.to(zeros.dtype))
+
+    counts = torch.tensor(lengths, dtype=torch.int64, device=owners.device)
+    if entropy:
+        return per_response(tokens), counts, per_response(entropies)
+    return per_response(tokens), counts
+
+
+def token_logps(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    *,
+    max_tokens: int | None = None,
+    chunk_bytes: int | None = None,
+) -> list[Tensor]:
+    """Log-probability of every token of every response, nats.
+
+    Args:
+        model: As for `response_logps`, whose results are the sums of these.
+        trees: See there.
+        max_tokens: See there.
+        chunk_bytes: See there.
+
+    Returns:
+        For each response of all trees, in order, a differentiable tensor [its tokens].
+
+    Raises:
+        InputError: A prompt is empty.
+    """
+    tokens, _, owners = _score(model, trees, max_tokens, chunk_bytes, False)
+    lengths = [len(response) for tree in trees for response in tree.responses]
+    # plain rows are scored longest first
+    ordered = tokens[owners.argsort(stable=True)].to(_finest(tokens.device))
+    return list(torch.split(ordered, lengths))
+
+
+def _finest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _score(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    max_tokens: int | None,
+    chunk_bytes: int | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy (0 unless asked for) and response index of every scored token."""
     for index, tree in enumerate(trees):
         if not tree.prompt:
             raise InputError(f"scoring: the prompt of tree {index} has no tokens; give it one")
-    device = next(model.parameters()).device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    responses = [response for tree in trees for response in tree.responses]
-    lengths = torch.tensor([len(r) for r in responses], dtype=torch.int64, device=device)
     causal_lm: Any = cast(Any, model).get_base_model() if _is_peft(model) else model
     reason = _why_not_trees(model, causal_lm)
     if reason:
         _say_once(reason)
-        tokens, entropies, owners = _score_rows(model, trees, max_tokens)
-    else:
-        tile_bytes = chunk_bytes or _TILE_BYTES.get(device.type, _GPU_TILE_BYTES)
-        tokens, entropies, owners = _score_trees(causal_lm, trees, max_tokens, tile_bytes, entropy)
-
-    def per_response(values: Tensor) -> Tensor:
-        zeros = torch.zeros(len(responses), dtype=wide, device=device)
-        return zeros.index_add(0, owners, values.to(wide))
-
-    if entropy:
-        return per_response(tokens), lengths, per_response(entropies)
-    return per_response(tokens), lengths
+        return _score_rows(model, trees, max_tokens)
+    kind = next(model.parameters()).device.type
+    tile_bytes = chunk_bytes or _TILE_BYTES.get(kind, _GPU_TILE_BYTES)
+    return _score_trees(causal_lm, trees, max_tokens, tile_bytes, entropy)
 
 
 def _is_peft(model: nn.Module) -> bool:

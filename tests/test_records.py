@@ -300,7 +300,7 @@ def test_the_parquet_columns_are_the_fields_with_fixed_types(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": SCHEMA_VERSION + 1}, "written with schema version 2, .* upgrade"),
+        ({"schema_version": SCHEMA_VERSION + 1}, "written with schema version 3, .* upgrade"),
         ({"good": None}, "'good' is missing"),
         ({"messages": None}, "'messages' is missing"),
         ({"good_sytem": "x"}, "unknown key 'good_sytem'"),
