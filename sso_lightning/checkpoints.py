@@ -157,6 +157,8 @@ class Checkpoints(ModelCheckpoint):
         """
         if every_n_steps is not None and every_n_steps < 1:
             raise InputError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        if keep < -1:
+            raise InputError(f"checkpoint.keep must be -1 (all) or more, got {keep}")
         super().__init__(
             filename="iteration-{epoch:02d}-step-{step}",
             auto_insert_metric_name=False,

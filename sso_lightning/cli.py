@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,22 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
 
 from sso_lightning.callbacks import ExportPolicy, Guard, RegeneratePairs
 from sso_lightning.checkpoints import Checkpoints, RunState, check_checkpoint, newest_whole
 from sso_lightning.data import SSODataModule
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
-from sso_lightning.runs import RunLogger, SaveConfig, claim_run_folder, is_requeued, outputs_in
+from sso_lightning.runs import (
+    RunLogger,
+    SaveConfig,
+    check_writable,
+    claim_run_folder,
+    is_requeued,
+    outputs_in,
+)
+from sso_lightning.settings import check_file, one_line
 
 log = logging.getLogger("sso_lightning")
 
@@ -58,6 +70,19 @@ class SSOCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `run` was given, whatever `sys.argv` holds."""
         self.config = parser.parse_args(args)
+        settings = self.config[self._command]
+        seed = settings.seed_everything
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything must be in [0, 2**32), got {seed}")
+        # the parser takes any function for a maker of optimizers, and would call it
+        chosen = settings.model.optimizer
+        path = getattr(chosen, "class_path", chosen)
+        found = path
+        if isinstance(path, str):
+            module, _, name = path.rpartition(".")
+            found = getattr(import_module(module), name)
+        if not (isinstance(found, type) and issubclass(found, Optimizer)):
+            raise InputError(f"model.optimizer: {path} is not an optimizer class")
 
     def before_instantiate_classes(self) -> None:
         """Refuse a damaged checkpoint, or two runs in one folder, before anything is loaded."""
@@ -80,6 +105,7 @@ class SSOCLI(LightningCLI):
                 check_checkpoint(Path(checkpoint))
         if fitting and not checkpoint and not self._get(self.config, "overwrite"):
             claim_run_folder(self._root)
+        check_writable(self._root)
 
     def _last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; None if there is no file, but a run that began to write."""
@@ -120,7 +146,23 @@ class SSOCLI(LightningCLI):
         own = RunLogger(self._root)
         fitting = self.subcommand == "fit"
         kept = [logger for logger in loggers if logger not in (None, True, False)]
-        return super().instantiate_trainer(logger=[own, *kept] if fitting else kept, **kwargs)
+        _check_numbers(trainer)
+        try:
+            return super().instantiate_trainer(logger=[own, *kept] if fitting else kept, **kwargs)
+        except ValueError as error:
+            raise InputError(f"trainer: {str(error).partition('. ')[0]}") from error
+
+
+def _check_numbers(trainer: Any) -> None:
+    """Refuse settings that the trainer takes without a word and stumbles over later."""
+    counts = ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch")
+    lowest: dict[str, float] = {**dict.fromkeys(counts, 1), "gradient_clip_val": 0}
+    lowest["val_check_interval"] = sys.float_info.min
+    for key, least in lowest.items():
+        value = getattr(trainer, key)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            bound = f"at least {least}" if key != "val_check_interval" else "above 0"
+            raise InputError(f"trainer.{key} must be {bound}, got {value}")
 
 
 TRAINER_DEFAULTS = {
@@ -165,6 +207,8 @@ def run(argv: Sequence[str]) -> None:
         argv: The command line without the program's name.
     """
     quieten()
+    for path in _configs(argv):
+        check_file(path)
     # a console script does not see the working folder; appended, so that it shadows nothing
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -179,8 +223,15 @@ def run(argv: Sequence[str]) -> None:
             command=argv[0],
             args=list(argv),
         )
-    except (ArgumentError, MisconfigurationException) as error:
-        # the parser says where in a YAML it stopped, but not in which
-        files = [a for a in argv if a.endswith((".yaml", ".yml"))]
-        where = f"{', '.join(files)}: " if "parsing config" in str(error) else ""
-        raise InputError(f"{where}{error}") from error
+    except ArgumentError as error:
+        raise InputError(one_line(str(error), argv[0])) from error
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+
+
+def _configs(argv: Sequence[str]) -> list[Path]:
+    """The configuration files of a command line."""
+    flags = ("--config", "-c")
+    given = [b for a, b in pairwise(argv) if a in flags and not b.startswith("-")]
+    given += [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    return [Path(name) for name in given]

@@ -360,6 +360,8 @@ def _checked(entry: str | Feature, builtin: Mapping[str, Feature]) -> Feature:
     empty = [key for key, text in vars(entry).items() if not text.strip()]
     if empty:
         raise InputError(f"principles.features: {entry.name!r} has an empty {empty[0]}")
+    if entry.good == entry.bad:
+        raise InputError(f"principles.features: {entry.name!r} has equal good and bad principles")
     if entry.name.lower() == "safety":
         raise InputError(
             "principles.features: Safety is set by principles.safety; give yours another name"
@@ -421,7 +423,7 @@ class PredefinedPrinciples(PrincipleSource):
         count: int = 2,
         pick: Literal["policy", "random"] = "policy",
         concision: float = 0.2,
-        safety: Literal["careless", "paper", "off", False] = "careless",
+        safety: Literal["careless", "paper", "off"] | bool = "careless",
         allow_harmful_negatives: bool = False,
     ) -> None:
         if pick not in ("policy", "random"):
@@ -444,6 +446,8 @@ class PredefinedPrinciples(PrincipleSource):
         twice = [name for name, times in Counter(names).items() if times > 1]
         if twice:
             raise InputError(f"principles.features: {twice[0]!r} is named twice")
+        if not chosen:
+            raise InputError("principles.features: none is left; name at least one")
         if not 1 <= count <= len(chosen):
             raise InputError(
                 f"principles.count: {count} is not between 1 and the {len(chosen)} features given"

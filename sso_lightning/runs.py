@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
 import shutil
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,29 @@ def claim_run_folder(root: Path, *, overwrite: bool = False) -> None:
         )
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@rank_zero_only
+def check_writable(root: Path) -> None:
+    """Make sure that the folder of a run can be written, and leave it as it was.
+
+    Raises:
+        InputError: It cannot.
+    """
+    made: list[Path] = []
+    try:
+        made = [path for path in (root, *root.parents) if not path.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"trainer.default_root_dir: {root} cannot be written ({error.strerror})"
+        ) from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def slurm_job() -> str:
