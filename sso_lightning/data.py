@@ -601,7 +601,8 @@ class SSODataModule(pl.LightningDataModule):
             return list(queries)
         if count > len(queries):
             raise InputError(
-                f"data.queries_per_iteration is {count}, but {self.queries} holds {len(queries)}"
+                f"data.{'' if count == self.queries_per_iteration else 'generator.'}{_COUNT} is "
+                f"{count}, but {self.queries} holds {len(queries)}"
             )
         order: list[Query] = []
         for turn in range(-(-(iteration + 1) * count // len(queries))):

@@ -233,6 +233,10 @@ def test_steps_bound_a_phase(home, tiny_model):
         (["--model.generator.start", "last"], ["start", "last"]),
         (["--model.generator.lr", "0"], ["generator.lr", "0"]),
         (["--data.generator.batch_size", "0"], ["data.generator.batch_size", "0"]),
+        (
+            ["--data.generator.queries_per_iteration", "10"],
+            ["data.generator.queries_per_iteration is 10", "holds 9"],
+        ),
         (["--model.generator", "null"], ["data.generator", "model.generator"]),
     ],
     ids=lambda value: value[0],
