@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from sso_lightning.errors import InputError, OneLineParser, Stopped
+from sso_lightning.errors import InputError, OneLineParser, Stopped, hide_keys
 from sso_lightning.version import __version__
 
 USAGE = """\
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mistake = _mistake(error)
         status = 2 if mistake else 1
         name = "" if mistake else f"{type(error).__name__}: "
-        line = " ".join(str(mistake or error).split())
+        line = hide_keys(" ".join(str(mistake or error).split()))
         hint = "" if status == 2 else " (SSO_DEBUG=1 shows where)"
         sys.stderr.write(f"error: {name}{line}{hint}\n")
         return status

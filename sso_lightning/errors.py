@@ -1,6 +1,7 @@
 """Mistakes a user can mend, and how small command lines report them."""
 
 import argparse
+import re
 import signal
 from typing import NoReturn
 
@@ -23,6 +24,14 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.status = 128 + signum
+
+
+_KEY_LIKE = re.compile(r"(?<!\w)(?:sk|pk|rk|gsk|hf|nvapi|xai|pplx)[-_][\w-]{16,}")
+
+
+def hide_keys(text: str) -> str:
+    """A text without what looks like an API key: a parser repeats the settings it refuses."""
+    return _KEY_LIKE.sub("***", text)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "__init__": {"version"},
+    "settings": {"errors"},
     "losses": {"errors"},
     "objectives": {"errors", "losses"},
     "scoring": {"errors"},
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "formats": {"errors", "sources", "records"},
     "prompts": {"errors", "records"},
     "principles": {"errors", "records", "prompts"},
+    "endpoint": {"errors", "records", "prompts", "principles"},
     "sampling": {"errors", "records", "prompts", "principles"},
     "pairs": {"errors", "records", "prompts", "principles", "sampling", "scoring", "policy"},
     "runs": {"errors", "records"},
@@ -36,12 +38,21 @@ MAY_IMPORT["module"] = {
 }
 MAY_IMPORT["checkpoints"] = {"errors", "records", "runs"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
-MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs"}
+MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings"}
 # commands are imported when they are called
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 
-HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse")
-NO_TORCH = ("errors", "version", "sources", "records", "formats", "prompts", "principles")
+HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
+NO_TORCH = (
+    "errors",
+    "version",
+    "sources",
+    "records",
+    "formats",
+    "prompts",
+    "principles",
+    "endpoint",
+)
 """Rooms that read files and texts only: importing them must stay cheap."""
 
 
