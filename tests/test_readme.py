@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,3 +68,18 @@ def test_example_objective_trains_the_term_it_names():
     loss, _ = objective(ContrastLogps(logps, lengths), ContrastLogps(zeros, lengths))
     # hinge of margin 0 is 1; of margin 6 at beta 0.1 it is 0.4, times 0.5
     assert loss.item() == pytest.approx(1.2)
+
+
+def test_data_in_and_out_is_what_the_library_takes(tmp_path):
+    from sso_lightning.formats import FORMATS
+    from sso_lightning.records import load_records
+    from sso_lightning.sources import SUFFIXES
+
+    section = README.split("## Data in and out")[1].split("\n## ")[0]
+    assert {*FORMATS, *SUFFIXES} <= {*re.findall(r"`([^`\s]+)`", section)}
+    mapping = re.search(r"--data\.columns '(.*?)'", section)
+    assert mapping
+    path = tmp_path / "pairs.csv"
+    path.write_text("question,best,worst\nWhy?,c,r\n")
+    (record,) = load_records(path, yaml.safe_load(mapping[1]))
+    assert (record.messages[0]["content"], record.good, record.bad) == ("Why?", "c", "r")
