@@ -35,12 +35,16 @@ def check_file(path: Path) -> None:
         what = f"{path} is a folder" if path.is_dir() else f"no file {path}"
         raise InputError(f"--config: {what}")
     try:
-        tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)  # what a tag asks for is made, or refused, only here
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except yaml.MarkedYAMLError as error:
         at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{path}{at}: not valid YAML ({error.problem})") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid YAML (nested too deeply)") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not valid YAML ({reason})") from error
