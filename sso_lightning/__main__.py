@@ -27,6 +27,7 @@ commands:
   export    checkpoint to a Hugging Face folder: sso-lightning export CKPT OUT [--merge]
   export-pairs  pairs for TRL, LLaMA-Factory, SFT or a reward model:
                 sso-lightning export-pairs RUN --to trl --out FILE
+  augment   new queries from seeds: sso-lightning augment SEEDS --model M --count N --out FILE
   sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
 
 options:
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **dict.fromkeys(("fit", "validate", "test", "predict"), lambda _: _train(arguments)),
         "export": _export,
         "export-pairs": _export_pairs,
+        "augment": _augment,
         "sandbox": _sandbox,
     }
     command = commands.get(arguments[0])
@@ -115,6 +117,13 @@ def _sandbox(arguments: list[str]) -> int:
     from sso_lightning.sandbox.command import run
 
     return run(arguments)
+
+
+def _augment(arguments: list[str]) -> int:
+    from sso_lightning.augment import run
+
+    sys.stdout.write(run(arguments))
+    return 0
 
 
 def _export(arguments: list[str]) -> int:

@@ -31,6 +31,9 @@ log = logging.getLogger("sso_lightning")
 
 T = TypeVar("T")
 
+CUT = ("length", "content_filter")
+"""Why an answer ended if the model had more to say."""
+
 _KEY_FIELD = re.compile(r"authorization|(api|access|secret)[-_]?(key|token)", re.IGNORECASE)
 
 
@@ -204,14 +207,14 @@ class Endpoint:
     def ask(
         self,
         requests: Sequence[tuple[str, list[Message]]],
-        done: Callable[[], None] = lambda: None,
+        store: AnswerStore | None = None,
     ) -> list[Reply | None]:
-        """Have requests answered, those from the cache without asking.
+        """Have requests answered, those that are in the store without asking.
 
         Args:
             requests: Messages, each with a name that tells apart requests whose messages are
                 equal; those with equal names too share one answer.
-            done: Called after every answer that came from the server.
+            store: Where finished answers are kept; that of `cache` if not given.
 
         Returns:
             The answers in the order of the requests; None where a request failed after all
@@ -220,10 +223,8 @@ class Endpoint:
         Raises:
             InputError: The server refuses the first request, or too many requests fail.
         """
-        if self._opened is None:
-            folder = self.cache
-            self._opened = AnswerStore(None if folder is None else Path(folder) / "answers.jsonl")
-        store = self._opened
+        if store is None:
+            store = self._cache()
         keys = [self._cache_key(name, messages) for name, messages in requests]
         wanted = {
             key: messages
@@ -233,8 +234,14 @@ class Endpoint:
         if wanted:
             self.check_environment()
             allowed = max(1, int(self.max_failed * len(requests))) if self.max_failed else 0
-            _in_thread(self._send(wanted, store, allowed, done))
+            _in_thread(self._send(wanted, store, allowed))
         return [store.get(key) for key in keys]
+
+    def _cache(self) -> AnswerStore:
+        if self._opened is None:
+            folder = self.cache
+            self._opened = AnswerStore(None if folder is None else Path(folder) / "answers.jsonl")
+        return self._opened
 
     def _cache_key(self, name: str, messages: list[Message]) -> str:
         asked = [self.settings(), name, messages]
@@ -257,11 +264,7 @@ class Endpoint:
         return key
 
     async def _send(
-        self,
-        wanted: Mapping[str, list[Message]],
-        store: AnswerStore,
-        allowed: int,
-        done: Callable[[], None],
+        self, wanted: Mapping[str, list[Message]], store: AnswerStore, allowed: int
     ) -> None:
         """Have requests answered into the store; the first one alone, to see if there is a server.
 
@@ -292,7 +295,6 @@ class Endpoint:
             else:
                 self._reached = True
                 store.add(key, reply)
-                done()
 
         async def work() -> None:
             for key, messages in waiting:  # one iterator for all workers
@@ -398,16 +400,13 @@ class EndpointPrinciples(PolicyPrinciples):
         requests = [("", [{"role": "user", "content": prompt}]) for _, prompt in prompts]
         replies = self.endpoint.ask(requests)
         # what was cut may parse, and would end in the middle of a sentence
-        written = [None if r is None or r.finish in _CUT else parse(r.text) for r in replies]
+        written = [None if r is None or r.finish in CUT else parse(r.text) for r in replies]
         failed = replies.count(None)
         draw.counts["principles_requested"] += len(replies)
         draw.counts["principles_sent"] += len(replies)
         draw.counts["principles_failed"] += failed
         draw.counts["principles_fallback"] += written.count(None) - failed
         return written
-
-
-_CUT = ("length", "content_filter")
 
 
 class _NoCompletion(Exception):

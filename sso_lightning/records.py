@@ -46,7 +46,7 @@ class Query:
     Attributes:
         id: Given in the file, or a hash of the messages.
         messages: Turns, the last one a user's; only the first may be a system message.
-        source: File and line the query was read from.
+        source: File and line the query was read from, and what the row's own `source` says.
     """
 
     id: str
@@ -437,7 +437,9 @@ def load_queries(source: str | Path, columns: Mapping[str, str] | None = None) -
     queries = []
     for row in _read(source, columns, _QUERY_FIELDS):
         messages = _conversation(row)
-        queries.append(Query(ids(row, messages), messages, row.source))
+        origin = row.get("source")
+        source = f"{row.source}: {origin}" if isinstance(origin, str) and origin else row.source
+        queries.append(Query(ids(row, messages), messages, source))
     return queries
 
 

@@ -6,6 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import re
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,85 @@ def write_queries(path: Path, count: int) -> Path:
 def tiny_model(tmp_path_factory) -> Path:
     """A random Qwen2 model with a ChatML tokenizer."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+class ChatServer(ThreadingHTTPServer):
+    """A chat server on loopback that answers as `script(request, attempt)` says.
+
+    It is given the query ("Request N?", or the whole prompt) and how often it came before, and
+    gives body, status and headers, or None to drop the connection.
+
+    Attributes:
+        asked: The query of every request, in the order they came.
+        headers: Their headers.
+        bodies: Their bodies.
+        most: Most requests at the same time.
+    """
+
+    daemon_threads = True
+    script = None
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.asked, self.headers, self.bodies = [], [], []
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+
+    def handle_error(self, request, client_address):
+        """Nothing: clients that give up are part of the tests."""
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][-1]["content"]
+        found = re.search(r"Request \w+\?", prompt)
+        request = found[0] if found else prompt
+        server = self.server
+        with server.lock:
+            attempt = server.asked.count(request)
+            server.asked.append(request)
+            server.headers.append({k.lower(): v for k, v in self.headers.items()})
+            server.bodies.append(body)
+            server.now += 1
+            server.most = max(server.most, server.now)
+        try:
+            assert self.path == "/v1/chat/completions"
+            answer = server.script(request, attempt)
+        finally:
+            with server.lock:
+                server.now -= 1
+        if answer is None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        data = answer["body"].encode()
+        self.send_response(answer["status"])
+        for name, value in answer["headers"].items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(answer.get("length", len(data))))
+        self.end_headers()
+        self.wfile.write(data)
+        if "length" in answer:
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def chat_server():
+    """A running `ChatServer`."""
+    server = ChatServer()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 @pytest.fixture(autouse=True)

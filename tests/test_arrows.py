@@ -39,8 +39,10 @@ MAY_IMPORT["module"] = {
 MAY_IMPORT["checkpoints"] = {"errors", "records", "runs"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings"}
+MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 # commands are imported when they are called
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
+MAY_IMPORT["__main__"].add("augment")
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
 NO_TORCH = (
@@ -52,6 +54,7 @@ NO_TORCH = (
     "prompts",
     "principles",
     "endpoint",
+    "augment",
 )
 """Rooms that read files and texts only: importing them must stay cheap."""
 

@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -49,77 +48,11 @@ def good(request, attempt):
     return reply(completion(guidelines(request)))
 
 
-class Server(ThreadingHTTPServer):
-    """Answers as `script(request, attempt)` says, given the query and how often it came before.
-
-    Attributes:
-        asked: The query of every request, in the order they came.
-        headers: Their headers.
-        bodies: Their bodies.
-        most: Most requests at the same time.
-    """
-
-    daemon_threads = True
-    script = staticmethod(good)
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.asked, self.headers, self.bodies = [], [], []
-        self.now = self.most = 0
-        self.lock = threading.Lock()
-
-    def handle_error(self, request, client_address):
-        """Nothing: clients that give up are part of the tests."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        request = re.search(r"Request \w+\?", body["messages"][-1]["content"])[0]
-        server = self.server
-        with server.lock:
-            attempt = server.asked.count(request)
-            server.asked.append(request)
-            server.headers.append({k.lower(): v for k, v in self.headers.items()})
-            server.bodies.append(body)
-            server.now += 1
-            server.most = max(server.most, server.now)
-        try:
-            assert self.path == "/v1/chat/completions"
-            answer = server.script(request, attempt)
-        finally:
-            with server.lock:
-                server.now -= 1
-        if answer is None:
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-            return
-        data = answer["body"].encode()
-        self.send_response(answer["status"])
-        for name, value in answer["headers"].items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(answer.get("length", len(data))))
-        self.end_headers()
-        self.wfile.write(data)
-        if "length" in answer:
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def server(chat_server):
+    """Every query gets its own guidelines unless a test says otherwise."""
+    chat_server.script = good
+    return chat_server
 
 
 @pytest.fixture(autouse=True)
