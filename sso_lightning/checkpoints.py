@@ -153,7 +153,7 @@ class Checkpoints(ModelCheckpoint):
         Args:
             every_n_steps: Also save after every so many optimizer steps; None saves only at the
                 end of an iteration.
-            keep: How many to keep, the newest ones; -1 keeps all.
+            keep: How many to keep beside `last.ckpt`, the newest ones; -1 keeps all.
         """
         if every_n_steps is not None and every_n_steps < 1:
             raise InputError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
@@ -264,7 +264,8 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; end here if asked to, before the next iteration's pairs are made."""
-        super().on_train_epoch_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save(trainer)
         self._training = False
         if self._saved_to_end(trainer):
             self._finish()

@@ -659,11 +659,14 @@ def test_replace_file_keeps_the_old_file(tmp_path):
 )
 def test_a_full_disk_keeps_the_last_state(whole, fit, tmp_path, size, hook, file):
     root = tmp_path / "run"
-    status, _, err = fit(callback=("DiskFull", {"size": size, "hook": hook}))
+    full = ("DiskFull", {"size": size, "hook": hook})
+    status, _, err = fit("--checkpoint.keep", "0", callback=full)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert status == 2
     line = err.splitlines()[-1]
     assert line.startswith("error: ")
     assert f"{file}: cannot be written (File too large)" in line
+    assert checkpoint(root)["epoch"] == 0
+    assert not last_steps(root)
     assert fit("--ckpt_path", "last")[0] == 0
     assert_same(root, whole)
