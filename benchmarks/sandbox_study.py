@@ -46,6 +46,12 @@ VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "scope": ("SSO, W on steering only", SSO, ("--model.objective.init_args.scope=steering",)),
     "pbaa": ("PBAA", PBAA, ()),
     "pbaa_slow": ("PBAA, half the learning rate", PBAA, (HALF,)),
+    "anchored_k3": ("Anchored, k3 (ours)", "anchored", ()),
+    "anchored_square": (
+        "Anchored, square (ours)",
+        "anchored",
+        ("--model.objective.init_args.form=square",),
+    ),
     "without_w": ("SSO without W", "without_weight", ()),
     "without_g": ("SSO without G", "without_steering", ()),
     "bad_for_original": (
@@ -68,13 +74,18 @@ VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 """Name to (label, recipe, changes)."""
 
-GENERATORS = {
-    "both": ("L+ and L-", "sso_2025"),
-    "only_good": ("L+ alone", "sso_2025_only_good"),
-    "only_bad": ("L- alone", "sso_2025_only_bad"),
-    "bad_for_original": ("L- with y- for yo", "sso_2025_bad_for_original"),
+FAST_GENERATOR = ("--model.generator.lr=1.0e-3",)
+GENERATORS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    name + fast: (label + more, f"sso_2025{recipe}", changes)
+    for fast, more, changes in (("", "", ()), ("_fast", ", twice the rate", FAST_GENERATOR))
+    for name, label, recipe in (
+        ("both", "L+ and L-", ""),
+        ("only_good", "L+ alone", "_only_good"),
+        ("only_bad", "L- alone", "_only_bad"),
+        ("bad_for_original", "L- with y- for yo", "_bad_for_original"),
+    )
 }
-"""Name to (label, recipe): one iteration of the 2025 method."""
+"""Name to (label, recipe, changes): one iteration of the 2025 method."""
 
 CONTROLS = {"quality": (0.60, 0.65, 0.70), "kl_to_start": (0.02, 0.04, 0.06)}
 
@@ -131,8 +142,8 @@ def arguments(name: str, seed: int, out: Path) -> list[str]:
     """The command line of one run."""
     family, _, short = name.partition("/")
     if family == "generator":
-        _, recipe = GENERATORS[short]
-        changes: tuple[str, ...] = ("--trainer.max_epochs=2",)
+        _, recipe, changes = GENERATORS[short]
+        changes = (*changes, "--trainer.max_epochs=2")
     else:
         _, recipe, changes = VARIANTS[name]
     base = out / f"base-{seed}"
@@ -308,7 +319,7 @@ def generator_report(out: Path, seeds: Sequence[int]) -> str:
     rows = [
         ["prompting alone", *(spread([p[k] for p, _ in found["both"]]) for k in GENERATOR_MEASURES)]
     ]
-    for name, (label, _) in GENERATORS.items():
+    for name, (label, *_) in GENERATORS.items():
         rows.append([label, *(spread([g[k] for _, g in found[name]]) for k in GENERATOR_MEASURES)])
     return table(["generator", *GENERATOR_MEASURES], rows)
 
