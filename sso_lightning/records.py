@@ -438,7 +438,9 @@ def load_queries(source: str | Path, columns: Mapping[str, str] | None = None) -
     for row in _read(source, columns, _QUERY_FIELDS):
         messages = _conversation(row)
         origin = row.get("source")
-        source = f"{row.source}: {origin}" if isinstance(origin, str) and origin else row.source
+        source = row.source
+        if isinstance(origin, str) and origin:
+            source = f"{source}: {_text(origin, row.what('source'))}"
         queries.append(Query(ids(row, messages), messages, source))
     return queries
 
