@@ -149,7 +149,7 @@ class SSOModule(pl.LightningModule):
         self,
         policy: PolicyConfig,
         objective: Objective,
-        optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = torch.optim.AdamW,
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] | None = None,
         schedule: Schedule | None = None,
         max_tokens: int | None = None,
         generator: Generator | None = None,
@@ -159,7 +159,7 @@ class SSOModule(pl.LightningModule):
         Args:
             policy: Which model is trained, and how it is held in memory.
             objective: Which pairs are compared, and how the terms are combined.
-            optimizer: Optimizer class and its settings.
+            optimizer: Optimizer class and its settings; AdamW with its own defaults if not given.
             schedule: Learning rate over the steps of an iteration (or of the run).
             max_tokens: Most tokens of one forward call in a step; None puts a batch in one call.
             generator: Train a data generator too, as in the 2025 method; needs LoRA. An
@@ -180,7 +180,8 @@ class SSOModule(pl.LightningModule):
         self.policy_objective = objective
         self.generator = generator
         self._first_adapter: dict[str, Tensor] = {}
-        self.optimizer = optimizer
+        # as a default of the signature its weight decay would be carried over to another class
+        self.optimizer = optimizer or torch.optim.AdamW
         self.schedule = schedule or Schedule()
         self.max_tokens = max_tokens
         self.policy: Any = None

@@ -382,6 +382,19 @@ def test_a_token_budget_changes_no_step(home, tiny_model, tmp_path):
     assert steps[1] == pytest.approx(steps[0])
 
 
+def test_another_optimizer_has_its_own_defaults(home, tiny_model, tmp_path):
+    path = config(home, tiny_model, tmp_path / "run", epochs=1, trainer__max_steps=1)
+    settings = yaml.safe_load(path.read_text())
+    del settings["model"]["optimizer"]
+    path.write_text(yaml.safe_dump(settings))
+    other = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1")
+    assert main("fit", "--config", path, *other) == 0
+    (group,) = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)[
+        "optimizer_states"
+    ][0]["param_groups"]
+    assert group["weight_decay"] == 0
+
+
 def test_a_budget_leaves_the_steps_of_a_run_open(home, tiny_model, tmp_path, sso):
     path = config(home, tiny_model, tmp_path / "run", data__max_tokens=100)
     status, _, err = sso("fit", "--config", path, "--model.schedule.restart", "false")
