@@ -81,7 +81,8 @@ class SSOCLI(LightningCLI):
         if isinstance(path, str):
             module, _, name = path.rpartition(".")
             found = getattr(import_module(module), name)
-        if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        is_class = isinstance(found, type) and issubclass(found, Optimizer)
+        if found is not None and not is_class:
             raise InputError(f"model.optimizer: {path} is not an optimizer class")
 
     def before_instantiate_classes(self) -> None:

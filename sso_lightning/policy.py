@@ -413,6 +413,9 @@ def export_checkpoint(
         raise InputError(f"no checkpoint {checkpoint}")
     if out.exists():
         raise InputError(f"{out} exists already; choose another folder")
+    blocking = next((parent for parent in out.parents if parent.is_file()), None)
+    if blocking:
+        raise InputError(f"{out} cannot be made: {blocking} is a file")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings, state = content["policy"], content["state_dict"]
