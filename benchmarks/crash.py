@@ -5,7 +5,7 @@
 A run is the command line's `fit` on a tiny random model: two iterations of pairs, training,
 validation, checkpoints and export, in four settings that take turns (`CONFIGS`). It is a process
 of its own that is ended by SIGKILL up to `--per-run` times, each time continued with `--ckpt_path
-last` (or, where nothing was written yet, with the same command again), and at last left to finish.
+last` (or, where no file was finished yet, with the same command again), and at last left to finish.
 Then all of it is compared with a run of the same settings that nothing happened to: weights,
 optimizer and random state of the last checkpoint, the weights of every iteration's checkpoint and
 of the export bit for bit; every record of every set with all its fields, in order; every row of
@@ -15,10 +15,11 @@ Moments are drawn from the seed in two ways, by turns:
 
 * in time (two in five): uniform over the duration of the uninterrupted run, counted from the
   process' start;
-* targeted: at the n-th time (n drawn from 1 to 3) that the run enters a phase, after a delay that
-  is uniform over 1.2 times one of the phase's durations in the uninterrupted run. Phases take
-  turns, so that those of a millisecond are hit as well. The kill may land in the phase after; the
-  phase that counts is the one the run was in when it died, not the one aimed at.
+* targeted: at the n-th time (n drawn from 1 to 3) that the run enters a phase, one in three at
+  once, the others after a delay that is uniform over 1.2 times one of the phase's durations in the
+  uninterrupted run. Phases take turns, so that those of a millisecond are hit as well. The kill may
+  land in the phase after; the phase that counts is the one the run was in when it died, not the one
+  aimed at.
 
 The run tells its phase through a pipe (`crash_probe.py`). A run that ends before its moment has
 no kill there. Checkpoints, shards and all else go through the real file system, but a kill of a
@@ -465,10 +466,10 @@ class Harness:
         if not target:
             start = self.imports if spawn and rng.random() < 0.8 else 0.0
             return Moment(start + rng.uniform(0, whole.seconds))
-        # a phase that only a resumed run has is as long as its counterpart
-        seen = whole.durations.get(target) or whole.durations["checkpoint write"]
+        seen = whole.durations.get(target, [0.005])  # only a resumed run reads a checkpoint
         nth = rng.randint(1, max(1, min(3, whole.counts[target])))
-        return Moment(rng.uniform(0, 1.2 * rng.choice(seen)), target, nth)
+        at_once = rng.random() < 1 / 3
+        return Moment(0.0 if at_once else rng.uniform(0, 1.2 * rng.choice(seen)), target, nth)
 
     def run(self, number: int, config: str, targets: Sequence[str], spawn: bool) -> None:
         """Kill a run at a moment for each of `targets` ("": in time), finish it, compare it."""
@@ -480,7 +481,7 @@ class Harness:
         mine: list[Kill] = []
         for target in (*targets, None):
             moment = None if target is None else self.draw(whole, target, spawn, rng)
-            begun = root.exists() and any(root.iterdir())
+            begun = root.exists() and any(p.name[0] != "." for p in root.iterdir())
             resume = ["--ckpt_path", "last"] if begun else []
             done = attempt([*command, *resume], self.home, log, spawn, moment)
             failed = done.killed_at is None and done.status != 0
