@@ -219,10 +219,14 @@ def offline(renderer, path, objective, **settings):
     """What a data module hands to the scoring pass for a pair file."""
     data = SSODataModule(pairs=str(path), **settings)
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(objective=objective, renderer=renderer, generator=None)
+        lightning_module=SimpleNamespace(
+            objective=objective, renderer=renderer, generator=None, vocabulary=400
+        )
     )
     data.regenerator = SimpleNamespace(score=lambda records, sequences, name: records)
-    return data._offline(str(path), "offline")
+    data.check_files()
+    data.check_pairs()
+    return data._offline("pairs", "offline")
 
 
 def test_preference_data_gets_the_ids_of_the_template(renderer, tmp_path):

@@ -179,7 +179,7 @@ def test_a_step_is_the_2024_objective_written_by_hand(exact, monkeypatch, scope,
     made, records = exact
     alpha, g = 0.3, 0.7
     loss_of = IPO(beta=5.0) if base == "ipo" else DPO(beta=0.3)
-    made.objective = SelfSteering(loss_of, alpha, g, scope=scope, detach_weight=detach)
+    made.policy_objective = SelfSteering(loss_of, alpha, g, scope=scope, detach_weight=detach)
     loss, gradients = step_gradients(made, collate(records, made.objective.sequences), monkeypatch)
 
     made.zero_grad()
@@ -218,7 +218,7 @@ def test_a_step_is_the_2024_objective_written_by_hand(exact, monkeypatch, scope,
 
 def test_scale_is_applied_to_the_loss(exact, monkeypatch):
     made, records = exact
-    made.objective = SelfSteering(IPO(beta=5.0))
+    made.policy_objective = SelfSteering(IPO(beta=5.0))
     batch = collate(records, made.objective.sequences)
     loss, _ = step_gradients(made, batch, monkeypatch)
     batch.scale = 0.25
@@ -247,7 +247,9 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(exact, tiny_mo
 def test_no_sequence_is_scored_that_is_not_needed(exact, monkeypatch, steering, scored):
     made, records = exact
     base = IPO(beta=5.0)
-    made.objective = Contrastive(base) if steering is None else SelfSteering(base, 0.6, steering)
+    made.policy_objective = (
+        Contrastive(base) if steering is None else SelfSteering(base, 0.6, steering)
+    )
     seen = []
     real = room.response_logps
     monkeypatch.setattr(

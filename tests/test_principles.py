@@ -303,7 +303,7 @@ def test_settings_come_from_yaml_by_class_path():
     [
         ({"features": ["Acuracy"]}, "'Acuracy' is unknown; known: Safety, Logicality"),
         ({"features": ["Accuracy", "accuracy"]}, "'accuracy' is named twice"),
-        ({"features": []}, "count: 2 is not between 1 and the 0"),
+        ({"features": []}, "features: none is left"),
         ({"features": ["Safety", "Accuracy"], "safety": "off"}, "count: 2 .* the 1 features"),
         ({"features": [Feature("Safety", "a", "b", "c", "d")]}, "another name"),
         ({"features": [Feature("Mine", "a", "b", " ", "d")]}, "'Mine' has an empty good"),

@@ -31,7 +31,7 @@ CHECKED = settings(
     # the folder is the same for all examples, and every example writes its file anew
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-FEW = settings(CHECKED, max_examples=40)
+FEW = settings(CHECKED, max_examples=25)
 
 
 def assert_one_line(error: BaseException, *named: str) -> None:
