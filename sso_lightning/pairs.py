@@ -379,7 +379,10 @@ class PairBuilder:
             if self.initial:
                 with self.initial() as start:
                     scored(start, who="reference")
-        return records, +dropped, draw.counts
+        # weights that overflow give answers, but no log-probabilities to train on
+        finite = [r for r in records if all(map(math.isfinite, r.scores.values()))]
+        dropped["score_not_finite"] += len(records) - len(finite)
+        return finite, +dropped, draw.counts
 
     def _prompts(
         self, query: Query, systems: Mapping[str, str | None], dropped: Counter[str]

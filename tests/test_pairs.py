@@ -222,6 +222,22 @@ def test_drops_are_counted_by_reason(policy, tmp_path):
     assert numbers["pairs/kept"] == 1
 
 
+def test_a_score_that_is_not_finite_drops_its_own_record_only(policy, tmp_path, monkeypatch):
+    from sso_lightning import pairs as room
+
+    real = room.response_logps
+
+    def overflowing(*args, **kwargs):
+        logps, lengths = real(*args, **kwargs)
+        logps[0] = float("nan")
+        return logps, lengths
+
+    monkeypatch.setattr(room, "response_logps", overflowing)
+    records, report = builder(policy).build(queries("a", "b"), tmp_path)
+    assert [record.id for record in records] == ["b"]
+    assert report["pairs/dropped_score_not_finite"] == 1
+
+
 def test_sampled_ids_are_kept_unless_a_heading_had_to_go(policy, tmp_path):
     renderer = policy[1]
     answers = {
