@@ -529,11 +529,11 @@ class Harness:
             config = next(configs)
             self.run(number, config, targets, spawn)
             new = self.kills[before:]
+            failed = bool(self.failures) and self.failures[-1].startswith(f"run {number} ")
             print(
                 f"{time.monotonic() - start:6.0f} s  run {number:3d} {config:10s} "
                 f"{'spawn' if spawn else 'fork'}  {len(self.kills):3d} kills  "
-                f"{'identical' if all(k.identical for k in new) else 'NOT IDENTICAL'}  "
-                f"{', '.join(k.phase for k in new)}",
+                f"{'FAILED' if failed else 'identical'}  {', '.join(k.phase for k in new)}",
                 flush=True,
             )
 
@@ -588,6 +588,8 @@ def main() -> int:
     parser.add_argument("--aim", nargs="+", choices=TARGETS, help="no moments but in these phases")
     parser.add_argument("--work", type=Path, help="folder for the runs, which is kept")
     given = parser.parse_args()
+    if given.work and given.work.exists() and any(given.work.iterdir()):
+        parser.error(f"--work: {given.work} is not empty; what is in it would be taken for a run's")
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # the probe, and the library that this process has imported, for fresh interpreters too

@@ -35,11 +35,11 @@ def crash():
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
     """Its output after a handful of kills, and the folder of its runs."""
-    work = tmp_path_factory.mktemp("crash")
+    work = tmp_path_factory.mktemp("crash") / "work"
     aims = ["shard write", "metrics write", "checkpoint write", "after checkpoint"]
     options = [
         *("--kills", "4", "--per-run", "4", "--seed", "1", "--configs", "accumulate"),
-        *("--aim", *aims, "--work", work, "--json", work / "kills.json"),
+        *("--aim", *aims, "--work", work, "--json", work.parent / "kills.json"),
     ]
     done = subprocess.run(
         [sys.executable, PROGRAM, *map(str, options)],
@@ -55,7 +55,7 @@ def harness(tmp_path_factory):
 def test_killed_runs_end_as_if_nothing_had_happened(harness):
     done, work = harness
     assert done.returncode == 0, done.stdout + done.stderr
-    kills = json.loads((work / "kills.json").read_text())
+    kills = json.loads((work.parent / "kills.json").read_text())
     assert len(kills) >= 4
     assert all(kill["resumed"] and kill["identical"] for kill in kills)
     assert len(Counter(kill["phase"] for kill in kills)) >= 2, "all in one phase"
