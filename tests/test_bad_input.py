@@ -11,7 +11,7 @@ tiny model's chat template.
     command: the command line; `fit --config {tmp}/config.yaml --overwrite true` if not given
     args: more of it
     read: "queries" or "pairs": the file of that setting is at fault, and reading it finds that
-    slow: true where a case of the same kind is checked in every run
+    slow: true where a case of the same kind is checked in every run (see the marker `exhaustive`)
     message: the one line that a user gets, to the letter
 """
 
@@ -226,7 +226,7 @@ def cases(*, read: bool | None = None) -> list:
         for case in yaml.safe_load(file.read_text()):
             assert case.keys() <= KEYS, f"{file.name}: {case['name']}: {case.keys() - KEYS}"
             if read is None or read == ("read" in case):
-                marks = [pytest.mark.slow] if case.get("slow") else []
+                marks = [pytest.mark.exhaustive] if case.get("slow") else []
                 found.append(pytest.param(case, id=f"{file.stem}: {case['name']}", marks=marks))
     return found
 
@@ -267,7 +267,7 @@ def test_a_file_is_refused_in_one_line(case, sso, spoil, monkeypatch):
     assert_nothing_lost(sso, spoilt)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", cases(read=True))
 def test_a_file_is_refused_by_the_whole_command(case, sso, spoil):
     assert_nothing_lost(sso, spoil(case))
