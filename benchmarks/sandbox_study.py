@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +35,7 @@ from lightning.pytorch.callbacks import Callback
 
 from sso_lightning.losses import PreferenceLoss
 from sso_lightning.objectives import BASE, STEER_GOOD, SelfSteering, Term
+from sso_lightning.policy import POLICY, speaking
 from sso_lightning.records import load_queries, stream_seed
 from sso_lightning.sampling import Request, TransformersSampler
 from sso_lightning.sandbox.demo import MEASURES, draw
@@ -51,6 +53,16 @@ VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Anchored, square (ours)",
         "anchored",
         ("--model.objective.init_args.form=square",),
+    ),
+    "generator_current": (
+        "2025, generator from the current policy",
+        "sso_2025",
+        ("--trainer.max_epochs=8",),
+    ),
+    "generator_first": (
+        "2025, generator from the first policy",
+        "sso_2025",
+        ("--trainer.max_epochs=8", "--model.generator.start=first"),
     ),
     "without_w": ("SSO without W", "without_weight", ()),
     "without_g": ("SSO without G", "without_steering", ()),
@@ -116,7 +128,12 @@ class KLToStart(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure how far the policy has moved."""
-        policy, renderer = pl_module.policy, pl_module.renderer
+        if getattr(pl_module, "trains_generator", False):
+            return
+        with speaking(pl_module.policy, POLICY) as policy:
+            self._measure(trainer, policy, pl_module.renderer)
+
+    def _measure(self, trainer: pl.Trainer, policy: Any, renderer: Any) -> None:
         requests = [
             Request(q.id, renderer.render(q.messages), stream_seed(0, "kl", q.id))
             for q in self.queries
@@ -210,7 +227,8 @@ def curve(folder: Path) -> list[dict[str, float]]:
             }
             if found:
                 rows.setdefault(int(row["step"]), {"kl_to_start": 0.0}).update(found)
-    return [rows[step] for step in sorted(rows)]
+    # a generator phase ends with a row that does not measure the policy
+    return [rows[step] for step in sorted(rows) if "quality" in rows[step]]
 
 
 def at(points: Sequence[dict[str, float]], key: str, level: float, want: str) -> float | None:
@@ -267,7 +285,10 @@ def report(curves: dict[str, list[list[dict[str, float]]]]) -> str:
         head = ["variant", "start", *(f"after {i}" for i in range(1, count))]
         rows = [
             [VARIANTS[name][0]]
-            + [spread([c[i][key] for c in runs if key in c[i]]) for i in range(count)]
+            + [
+                spread([c[i][key] for c in runs if i < len(c) and key in c[i]])
+                for i in range(count)
+            ]
             for name, runs in curves.items()
         ]
         parts.append(f"## {title}\n\n{table(head, rows)}")
