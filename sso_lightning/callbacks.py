@@ -155,8 +155,8 @@ class RegeneratePairs(Callback):
             score_tokens=self.score_tokens,
             shard_size=self.shard_size,
             forward_context=self._forward_context,
-            # the set of the first iteration is by a policy that no checkpoint holds
-            replaces=trainer.state.fn == "fit" and iteration > 0,
+            # the set of the first epoch is by a policy that no checkpoint holds
+            replaces=trainer.state.fn == "fit" and trainer.current_epoch > 0,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -380,7 +380,7 @@ class Guard(PairCallback):
         report: dict[str, float],
         name: str,
     ) -> None:
-        """Warn of (or stop at) answers that are empty, equal or cut too often."""
+        """Warn of (or stop at) answers that are empty, equal, cut or loops too often."""
         total = report["pairs/kept"] + report["pairs/dropped"]
 
         def dropped(word: str) -> float:

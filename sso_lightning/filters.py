@@ -12,6 +12,7 @@ log-probability of a response per token (nats) under the policy.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean, median
@@ -55,10 +56,8 @@ class ContextOrder(PairFilter):
         ]
 
 
-class LikelyAnswers(PairFilter):
-    """Both answers are near on-policy: avg(y+|x) and avg(y-|x) are at least the set's own means."""
-
-    name = "likely_answers"
+class _AboveCentre(PairFilter):
+    """Both answers have a number above that number's centre in the set."""
 
     def __init__(self, centre: Literal["mean", "median"] = "mean", offset: float = 0.0) -> None:
         """Set the rule up.
@@ -67,16 +66,44 @@ class LikelyAnswers(PairFilter):
             centre: Statistic of the set that is the bound.
             offset: Added to the bound, nats per token; a negative one is lenient.
         """
-        self.centre = _known(centre)
+        if centre not in _CENTRES:
+            raise InputError(f"pairs.filters: centre must be mean or median, got {centre!r}")
+        self.centre = centre
         self.offset = _finite("offset", offset)
+
+    @abstractmethod
+    def number(self, record: Record, response: str, other: str) -> float:
+        """What is compared of a response, whose name is its principle's; `other` is the other's."""
+
+    def passes(self, value: float, bound: float) -> bool:
+        """Whether a number is far enough up."""
+        return value > bound
 
     def keep(self, records: Sequence[Record]) -> list[bool]:
         """See the class."""
-        columns = [[mean_logp(r, "query", y) for r in records] for y in ("good", "bad")]
-        return _above(columns, self.centre, self.offset, equal=True)
+        kept = [True] * len(records)
+        for names in (("good", "bad"), ("bad", "good")):
+            values = [self.number(record, *names) for record in records]
+            bound = _CENTRES[self.centre](values) + self.offset if values else 0.0
+            kept = [k and self.passes(v, bound) for k, v in zip(kept, values, strict=True)]
+        return kept
 
 
-class ClearContrast(PairFilter):
+class LikelyAnswers(_AboveCentre):
+    """Both answers are near on-policy: avg(y+|x) and avg(y-|x) are at least the set's own means."""
+
+    name = "likely_answers"
+
+    def number(self, record: Record, response: str, other: str) -> float:
+        """avg(y|x)."""
+        return mean_logp(record, "query", response)
+
+    def passes(self, value: float, bound: float) -> bool:
+        """The mean itself passes."""
+        return value >= bound
+
+
+class ClearContrast(_AboveCentre):
     """The principles matter: both contrast gaps are above the set's own means.
 
     The gaps are avg(y+|x+) - avg(y+|x-) and avg(y-|x-) - avg(y-|x+).
@@ -84,45 +111,12 @@ class ClearContrast(PairFilter):
 
     name = "clear_contrast"
 
-    def __init__(self, centre: Literal["mean", "median"] = "mean", offset: float = 0.0) -> None:
-        """Set the rule up.
-
-        Args:
-            centre: Statistic of the set that is the bound.
-            offset: Added to the bound, nats per token; a negative one is lenient.
-        """
-        self.centre = _known(centre)
-        self.offset = _finite("offset", offset)
-
-    def keep(self, records: Sequence[Record]) -> list[bool]:
-        """See the class."""
-        columns = [
-            [mean_logp(r, own, y) - mean_logp(r, other, y) for r in records]
-            for y, own, other in (("good", "good", "bad"), ("bad", "bad", "good"))
-        ]
-        return _above(columns, self.centre, self.offset, equal=False)
-
-
-def _above(
-    columns: Sequence[Sequence[float]], centre: str, offset: float, *, equal: bool
-) -> list[bool]:
-    """Which rows are above (or equal to) the centre of every column."""
-    if not columns[0]:
-        return []
-    bounds = [_CENTRES[centre](column) + offset for column in columns]
-    return [
-        all(v > bound or (equal and v == bound) for v, bound in zip(row, bounds, strict=True))
-        for row in zip(*columns, strict=True)
-    ]
+    def number(self, record: Record, response: str, other: str) -> float:
+        """avg(y|its own principle) - avg(y|the other principle)."""
+        return mean_logp(record, response, response) - mean_logp(record, other, response)
 
 
 def _finite(name: str, value: float) -> float:
     if not math.isfinite(value):
         raise InputError(f"pairs.filters: {name} must be a finite number, got {value}")
     return float(value)
-
-
-def _known(centre: str) -> str:
-    if centre not in _CENTRES:
-        raise InputError(f"pairs.filters: centre must be mean or median, got {centre!r}")
-    return centre

@@ -745,7 +745,8 @@ class _HeadLogps(torch.autograd.Function):
                 mass = mass * shrink + p.sum(-1, keepdim=True)
                 if whole is not None:
                     mean = mean * shrink + whole.mul_(p).sum(-1, keepdim=True)
-                p = (p if slope is None else p.mul_(slope)).to(w.dtype)
+                if expected is not None or keeps:
+                    p = (p if slope is None else p.mul_(slope)).to(w.dtype)
                 if expected is not None:
                     direction = direction.mul_(shrink).add_(p @ w)
                 if keeps:

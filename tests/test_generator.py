@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_resume_within_a_phase_is_bit_identical(whole, home, tiny_model, at):
         assert_same(weights(root, adapter), weights(home / name, adapter))
     for key in ("generator/loss", "train/loss"):
         assert column(home / name, key) == column(root, key)
+
+
+def test_pairs_of_another_generator_are_made_anew(whole, home, tiny_model):
+    """A run that goes back to its first checkpoint need not train the same generator again."""
+    start, root = whole
+    name = f"back-{start}"
+    path = two_phases(home, tiny_model, name, start, epochs=4)
+    shutil.copytree(root, home / name)
+    for checkpoint in (home / name / "checkpoints").iterdir():
+        if not checkpoint.name.startswith("iteration-00-"):
+            checkpoint.unlink()
+    manifest = home / name / "pairs" / "iteration-00" / "manifest.json"
+    (writer,) = {r.adapter for r in load_records(manifest.parent)}
+    manifest.write_text(manifest.read_text().replace(writer, "0" * len(writer)))
+    assert main("fit", "--config", path, "--ckpt_path", "last") == 0
+    assert (home / name / "pairs" / "iteration-00.replaced-1").is_dir()
+    for adapter in (POLICY, GENERATOR):
+        assert_same(weights(root, adapter), weights(home / name, adapter))
 
 
 def test_three_commands_do_the_same(whole, home, tiny_model):
