@@ -7,8 +7,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -177,6 +181,83 @@ def chat_server():
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+class Fork:
+    """A process of its own.
+
+    Attributes:
+        pid: Its id; it is not reused before `wait`.
+    """
+
+    def __init__(self, ask, pid, out, err):
+        self.pid, self._ask, self._out, self._err = pid, ask, out, err
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Its end; it is killed if that does not come in time."""
+        end = time.monotonic() + timeout
+        while (status := self._ask({"ended": self.pid})) is None:
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"not ended: {self._err.read_text()}")
+            time.sleep(0.02)
+        texts = [p.read_text() if p.exists() else "" for p in (self._out, self._err)]
+        return subprocess.CompletedProcess(self.pid, status, *texts)
+
+
+class Forks:
+    """Python programs in processes that have done their imports; see `forkserver.py`.
+
+    Not for what imports are part of, nor for what ends after `main`: threads, `atexit`.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._count = folder, 0
+        self._server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forkserver.py")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _ask(self, request):
+        self._server.stdin.write(f"{json.dumps(request)}\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *arguments: object, cwd: Path, **env: object) -> Fork:
+        """Start `python ARGUMENTS` with more in its environment."""
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{kind}" for kind in ("out", "err"))
+        pid = self._ask(
+            {
+                "arguments": [str(a) for a in arguments],
+                "cwd": str(cwd),
+                "out": str(out),
+                "err": str(err),
+                "env": {**os.environ, **{k: str(v) for k, v in env.items()}},
+            }
+        )
+        return Fork(self._ask, pid, out, err)
+
+    def run(self, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+        """Start it and wait for its end."""
+        return self.start(*arguments, cwd=cwd).wait()
+
+    def close(self):
+        """End."""
+        self._server.stdin.close()
+        self._server.wait(30)
+        self._server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts processes that need no imports."""
+    starter = Forks(tmp_path_factory.mktemp("forks"))
+    yield starter
+    starter.close()
 
 
 @pytest.fixture(autouse=True)

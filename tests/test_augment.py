@@ -1,10 +1,9 @@
 """New queries from seeds: what is kept is worked out by hand, what answers is scripted."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -270,7 +269,7 @@ def completion(text):
     }
 
 
-def test_a_killed_command_repeats_no_finished_request(chat_server, tmp_path):
+def test_a_killed_command_repeats_no_finished_request(chat_server, forks, tmp_path):
     pytest.importorskip("openai")
     enough = threading.Event()
 
@@ -283,21 +282,21 @@ def test_a_killed_command_repeats_no_finished_request(chat_server, tmp_path):
 
     chat_server.script = script
     out = tmp_path / "new.jsonl"
-    command = [sys.executable, "-m", "sso_lightning", "augment", str(seed_file(tmp_path))]
-    command += ["--out", str(out), "--count", "8", "--model", "large", "--concurrency", "1"]
-    command += ["--base-url", chat_server.url, "--max-requests", "8", "--near", "1"]
-    process = subprocess.Popen(command)
+    command = ["-m", "sso_lightning", "augment", seed_file(tmp_path), "--out", out, "--count", 8]
+    command += ["--model", "large", "--concurrency", 1, "--base-url", chat_server.url]
+    command += ["--max-requests", 8, "--near", 1]
+    process = forks.start(*command, cwd=tmp_path)
     try:
         assert enough.wait(60)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
     time.sleep(0.4)
     kept = (tmp_path / "new.jsonl.answers").read_bytes().count(b"\n")
     assert not out.exists()
     assert 4 <= kept <= 6
     before = len(chat_server.asked)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = forks.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(chat_server.asked) - before == 8 - kept
     assert done.stdout.startswith("asked    8\nkept     8\n")

@@ -468,7 +468,7 @@ EndpointPrinciples(endpoint).propose(queries, Draw(0, 0, None))
 """
 
 
-def test_a_killed_run_repeats_no_finished_request(server, tmp_path):
+def test_a_killed_run_repeats_no_finished_request(server, forks, tmp_path):
     enough = threading.Event()
 
     def script(request, attempt):
@@ -478,21 +478,21 @@ def test_a_killed_run_repeats_no_finished_request(server, tmp_path):
         return good(request, attempt)
 
     server.script = script
-    command = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
-    process = subprocess.Popen(command)
+    command = ["-c", KILLED, server.url, tmp_path]
+    process = forks.start(*command, cwd=tmp_path)
     try:
         assert enough.wait(60)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
     time.sleep(0.4)  # answers on their way to nobody
     kept = (tmp_path / "answers.jsonl").read_bytes().count(b"\n")
     assert 7 <= kept <= 9
     server.asked.clear()
-    assert subprocess.run(command, timeout=120).returncode == 0
+    assert forks.run(*command, cwd=tmp_path).returncode == 0
     assert len(server.asked) == 20 - kept
     server.asked.clear()
-    assert subprocess.run(command, timeout=120).returncode == 0
+    assert forks.run(*command, cwd=tmp_path).returncode == 0
     assert server.asked == []
 
 

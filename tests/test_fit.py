@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -406,24 +403,16 @@ def test_a_budget_leaves_the_steps_of_a_run_open(home, tiny_model, tmp_path, sso
 # ------------------------------------------------------------------------------------ two processes
 
 
-def test_two_processes_train_as_one(home, tiny_model, tmp_path):
+def test_two_processes_train_as_one(home, tiny_model, tmp_path, forks):
     """Two ranks with batches of 2 see together what one process with batches of 4 sees."""
     common = {"epochs": 1, "model__optimizer": {"class_path": "torch.optim.SGD"}}
     common["model__optimizer"]["init_args"] = {"lr": 0.05}
     one = config(home, tiny_model, tmp_path / "one", data__batch_size=4, **common)
     assert main("fit", "--config", one) == 0
     two = config(home, tiny_model, tmp_path / "two", data__batch_size=2, **common)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "sso_lightning", "fit", "--config", str(two)),
-            *("--trainer.devices", "2", "--trainer.strategy", "ddp"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    # the first process starts the second one
+    ddp = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    done = forks.run("-m", "sso_lightning", "fit", "--config", two, *ddp, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     kept = load_records(tmp_path / "one" / "pairs" / "iteration-00")
     assert len(kept) == 8, "an odd number would leave one out on two ranks"

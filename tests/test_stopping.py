@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -122,6 +123,9 @@ class DiskFull(Callback):
 """
 
 
+FIT = ("-m", "sso_lightning", "fit", "--config")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny_model):
     """A folder with queries, code and a model."""
@@ -216,24 +220,14 @@ def assert_same(root, other):
 
 
 @pytest.fixture(scope="module")
-def whole(home, tmp_path_factory):
+def whole(home, forks, tmp_path_factory):
     """The run that nothing happens to."""
     root = tmp_path_factory.mktemp("whole") / "run"
-    done = run_alone(home, config(home, root), "--checkpoint.every_n_steps", "1")
+    path = config(home, root)
+    done = forks.run(*FIT, path, "--checkpoint.every_n_steps", 1, cwd=home)
     assert done.returncode == 0, done.stderr
     assert checkpoint(root)["global_step"] >= 6
     return root
-
-
-def run_alone(home, path, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "sso_lightning", "fit", "--config", str(path), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 # ------------------------------------------------------------------------------------------ signals
@@ -301,11 +295,22 @@ def test_a_stop_while_sampling_keeps_the_shards(whole, fit, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_exit_statuses_of_processes(home, tmp_path):
-    for times, status in ((1, 130), (2, -signal.SIGINT)):  # a shell reports the second as 130 too
+def test_exit_statuses_of_processes(home, forks, tmp_path):
+    def fresh(*arguments, cwd):  # an interpreter of its own, whose end is a part of it
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    # a shell reports the second as 130 too
+    for times, status, run in ((1, 130, fresh), (2, -signal.SIGINT, forks.run)):
         root = tmp_path / f"run{times}"
         kick = ("KickStep", {"name": "SIGINT", "batch": 2, "times": times})
-        done = run_alone(home, config(home, root, kick))
+        done = run(*FIT, config(home, root, kick), cwd=home)
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         steps = checkpoint(root)["global_step"]
@@ -328,7 +333,7 @@ def noisy(home, **policy):
 def test_random_numbers_go_on_bit_for_bit(home, fit, tmp_path):
     """Those of LoRA's dropout too; stopped between iterations and within one."""
     changes = noisy(home, lora={"r": 4, "alpha": 8, "dropout": 0.1})
-    changes["data"]["num_workers"] = 2
+    changes["data"]["num_workers"] = 1
     assert fit(callback=("KickValidation", {"epoch": 0}), **changes)[0] == 143
     step = ("KickStep", {"name": "SIGTERM", "batch": 2})
     assert fit("--ckpt_path", "last", callback=step, **changes)[0] == 143
@@ -339,22 +344,31 @@ def test_random_numbers_go_on_bit_for_bit(home, fit, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_bit_for_bit(home, fit, tmp_path):
+def test_two_processes_go_on_bit_for_bit(home, fit, forks, tmp_path):
     """Stopped by a signal to the second one, and with the two newest checkpoints damaged."""
     changes = noisy(home)
     changes["data"]["passes"] = 2
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--checkpoint.every_n_steps", "1")
 
     def run(name, *arguments, **others):
+        """Exit statuses and stderr of two processes that are started as torchrun does."""
         path = config(home, tmp_path / name, **changes, **others)
-        return run_alone(home, path, *two, *arguments)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        env = {"WORLD_SIZE": 2, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        started = [
+            forks.start(*FIT, path, *two, *arguments, cwd=home, LOCAL_RANK=rank, **env)
+            for rank in range(2)
+        ]
+        done = [process.wait() for process in started]
+        return [d.returncode for d in done], "".join(d.stderr for d in done)
 
-    done = run("whole")
-    assert done.returncode == 0, done.stderr
+    statuses, err = run("whole")
+    assert statuses == [0, 0], err
     root = tmp_path / "run"
     kick = ("KickRank", {"name": "SIGTERM", "batch": 4})
-    done = run("run", callback=kick)
-    assert done.returncode == 143, done.stderr
+    statuses, err = run("run", callback=kick)
+    assert statuses == [143, 143], err
     first = checkpoint(tmp_path / "whole")["global_step"] // 2
     last, steps = checkpoint(root), last_steps(root)
     assert last["global_step"] == first + 3 == max(steps)
@@ -368,9 +382,9 @@ def test_two_processes_go_on_bit_for_bit(home, fit, tmp_path):
     status, _, err = fit("--ckpt_path", steps[first + 2], **changes)
     assert status == 2
     assert "by 2 processes, and now there are 1" in err.splitlines()[-1]
-    done = run("run", "--ckpt_path", "last")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"continuing with {steps[first + 2].name}") == 1
+    statuses, err = run("run", "--ckpt_path", "last")
+    assert statuses == [0, 0], err
+    assert err.count(f"continuing with {steps[first + 2].name}") == 1
     assert_same(root, tmp_path / "whole")
 
 
