@@ -11,6 +11,13 @@ optimizer and random state of the last checkpoint, the weights of every iteratio
 of the export bit for bit; every record of every set with all its fields, in order; every row of
 metrics.csv but for clock times; config.yaml but for ckpt_path; and the names of all files.
 
+Two more settings are runs of `predict`, which are continued by the same command: `predict` draws
+its principles, `endpoint` asks a scripted chat server, which is a process of the harness, for them.
+After every process of any run, each shard that a manifest listed before it must be the same file
+still, not written again (inode and time). A process of these two must not have sampled more often
+than it listed shards, but for the one it died in; and the server must not have been asked for what
+the run had the answer of.
+
 Moments are drawn from the seed in two ways, by turns:
 
 * in time (two in five): uniform over the duration of the uninterrupted run, counted from the
@@ -35,22 +42,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import hashlib
 import itertools
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +84,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model.schedule": {"restart": False, "warmup": 0.0},
     },
     "workers": {"data.num_workers": 2, "checkpoint.every_n_steps": 2},
+    "predict": {"pairs.shard_size": 1},
+    "endpoint": {
+        "pairs.shard_size": 3,
+        "pairs.principles": {
+            "class_path": "sso_lightning.endpoint.EndpointPrinciples",
+            "init_args": {"endpoint": {"base_url": "", "model": "scripted", "concurrency": 2}},
+        },
+    },
 }
+COMMANDS = {"predict": "predict", "endpoint": "predict"}  # of the configs that are no `fit`
 
-TARGETS = (
-    *("config write", "sampling", "scoring", "shard write", "manifest write", "metrics write"),
-    *("optimizer step", "checkpoint write", "after checkpoint", "validation", "checkpoint read"),
-    *("export", "after export"),
-)
+TARGETS = {
+    "fit": (
+        *("config write", "sampling", "scoring", "shard write", "manifest write", "metrics write"),
+        *("optimizer step", "checkpoint write", "after checkpoint", "validation"),
+        *("checkpoint read", "export", "after export"),
+    ),
+    "predict": (
+        *("principles", "sampling", "scoring", "shard write", "manifest write", "set finish"),
+        "prediction",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------- a run
 
@@ -163,10 +189,72 @@ def write_config(home: Path, name: str, root: Path) -> Path:
         *way, last = key.split(".")
         for part in way:
             at = at.setdefault(part, {})
-        at[last] = value
+        at[last] = copy.deepcopy(value)
+    if command_of(name) == "predict":
+        settings["data"]["predict_queries"] = settings["data"]["queries"]
+    if name == "endpoint":
+        server = settings["pairs"]["principles"]["init_args"]["endpoint"]
+        server |= {"base_url": (home / "server").read_text(), "cache": str(answers_of(root).parent)}
     path = root.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def command_of(config: str) -> str:
+    """The command that a config is for."""
+    return COMMANDS.get(config, "fit")
+
+
+def answers_of(root: Path) -> Path:
+    """The file in which an endpoint's answers are kept; every run has its own, beside it."""
+    return root.with_suffix(".cache") / "answers.jsonl"
+
+
+def serve(home: Path, listening: socket.socket) -> int:
+    """Answer every query with guidelines of its own, and note in home/asked that it was asked."""
+    notes = os.open(home / "asked", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            query = re.findall(r"Name \d+ birds", body["messages"][-1]["content"])[-1]
+            os.write(notes, f"{query}\n".encode())
+            time.sleep(0.01)
+            text = f"## Bad guideline\nNever {query}.\n\n## Good guideline\nGladly {query}."
+            message = {"role": "assistant", "content": text}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            data = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(listening.getsockname(), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listening
+    server.handle_error = lambda *args: None  # type: ignore[method-assign]  # killed clients
+    server.serve_forever()
+    return 0
+
+
+@contextlib.contextmanager
+def scripted_server(home: Path) -> Iterator[None]:
+    """The server of the endpoint runs, in a process of its own; its address is in home/server."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        (home / "server").write_text(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+        (home / "asked").touch()
+        pid = fork(lambda: serve(home, listening), home / "server.log", home)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 @dataclass
@@ -343,14 +431,15 @@ def snapshot(root: Path) -> dict[str, Any]:
                 found[f"{name}: record {record.id}: {key}"] = value
         report = {k: v for k, v in store.report.items() if not _is_clock(k)}
         found |= _flat(report, f"{name}: report")
-    with (root / "metrics.csv").open(newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 1):
-            values = {k: v for k, v in row.items() if v and not _is_clock(k)}
-            found[f"metrics.csv: row {number}"] = values
-    settings = yaml.safe_load((root / "config.yaml").read_text())
-    settings.pop("ckpt_path", None)
-    settings["trainer"].pop("default_root_dir")
-    found |= _flat(settings, "config.yaml")
+    if (root / "config.yaml").exists():  # a fit; the names of all files are compared below
+        with (root / "metrics.csv").open(newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), 1):
+                values = {k: v for k, v in row.items() if v and not _is_clock(k)}
+                found[f"metrics.csv: row {number}"] = values
+        settings = yaml.safe_load((root / "config.yaml").read_text())
+        settings.pop("ckpt_path", None)
+        settings["trainer"].pop("default_root_dir")
+        found |= _flat(settings, "config.yaml")
     # a shard that was set aside would be found here, and a temporary file that was left
     found["files"] = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     return found
@@ -419,6 +508,64 @@ class Whole:
     snapshot: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a run has made so far that must not be made again.
+
+    Attributes:
+        shards: Inode and time of the file of every shard that a manifest lists.
+        answers: What the endpoint answered, by the query in it.
+        asked: The queries that the server got, of all runs.
+    """
+
+    shards: dict[str, tuple[int, int]]
+    answers: list[str]
+    asked: list[str]
+
+    @classmethod
+    def of(cls, home: Path, root: Path) -> Kept:
+        """Look at a run as it is now."""
+        shards = {}
+        for path in sorted((root / "pairs").rglob("manifest.json")):
+            for shard in json.loads(path.read_text())["shards"]:
+                file = path.parent / shard["file"]
+                stat = file.stat()
+                shards[str(file.relative_to(root))] = (stat.st_ino, stat.st_mtime_ns)
+        answers, asked = answers_of(root), home / "asked"
+        kept = answers.read_text().splitlines() if answers.exists() else []
+        return cls(
+            shards,
+            re.findall(r"Gladly (Name \d+ birds)", "\n".join(kept)),
+            asked.read_text().splitlines() if asked.exists() else [],
+        )
+
+    def repeated(self, after: Kept, done: Attempt, command: str) -> list[str]:
+        """What a process did again or lost, a line each; empty as it should be."""
+        lines = [
+            f"{name}: was finished, and is {'another file' if name in after.shards else 'lost'}"
+            for name, file in self.shards.items()
+            if after.shards.get(name) != file
+        ]
+        if command == "predict":
+            samplings = sum(phase == "sampling" for _, phase in done.timeline)
+            made = len(after.shards) - len(self.shards)
+            if samplings > made + (done.killed_at is not None):
+                lines.append(f"sampled {samplings} times for {made} shards")
+        asked = after.asked[len(self.asked) :]
+        again = sorted({*asked} & {*self.answers})
+        twice = sorted(query for query, count in Counter(asked).items() if count > 1)
+        stored = sorted(query for query, count in Counter(after.answers).items() if count > 1)
+        lost = sorted({*self.answers} - {*after.answers})
+        for what, names in (
+            ("asked though answered", again),
+            ("asked twice", twice),
+            ("stored twice", stored),
+            ("lost", lost),
+        ):
+            lines += [f"{name}: {what}" for name in names]
+        return lines
+
+
 @dataclass
 class Harness:
     """Runs, kills, resumes and compares.
@@ -448,7 +595,8 @@ class Harness:
             root = self.home / f"whole-{config}"
             path = write_config(self.home, config, root)
             log = root.with_suffix(".log")
-            done = attempt(["fit", "--config", str(path)], self.home, log, False, None)
+            command = [command_of(config), "--config", str(path)]
+            done = attempt(command, self.home, log, False, None)
             assert done.status == 0, f"the uninterrupted run failed:\n{log.read_text()}"
             spans = defaultdict(list)
             for (start, phase), (end, _) in itertools.pairwise(done.timeline):
@@ -476,15 +624,18 @@ class Harness:
         rng = random.Random(f"{self.seed}-{number}")
         whole = self.whole(config)
         root = self.home / f"run-{number:03d}"
-        command = ["fit", "--config", str(write_config(self.home, config, root))]
+        command = [command_of(config), "--config", str(write_config(self.home, config, root))]
         log = root.with_suffix(".log")
         mine: list[Kill] = []
+        repeated: list[str] = []
         for target in (*targets, None):
             moment = None if target is None else self.draw(whole, target, spawn, rng)
             begun = root.exists() and any(p.name[0] != "." for p in root.iterdir())
-            resume = ["--ckpt_path", "last"] if begun else []
+            resume = ["--ckpt_path", "last"] if begun and command[0] == "fit" else []
+            before = Kept.of(self.home, root)
             done = attempt([*command, *resume], self.home, log, spawn, moment)
             failed = done.killed_at is None and done.status != 0
+            repeated += before.repeated(Kept.of(self.home, root), done, command[0])
             if mine:
                 mine[-1].resumed = not failed
             if failed:
@@ -500,7 +651,7 @@ class Harness:
         self.kills += mine
         if failed:
             return
-        lines = differences(whole.snapshot, snapshot_apart(root))
+        lines = repeated + differences(whole.snapshot, snapshot_apart(root))
         if lines:
             more = f" (and {len(lines) - 6} more)" if len(lines) > 6 else ""
             text = "; ".join(line[:200] for line in lines[:6])
@@ -513,7 +664,10 @@ class Harness:
     def go(self, count: int, spawned: int) -> None:
         """Make at least `count` kills, `spawned` of them in fresh interpreters."""
         rng = random.Random(self.seed)
-        aims = _turns(self.aim or TARGETS, rng)
+        aims = {
+            command: _turns([t for t in targets if t in (self.aim or targets)], rng)
+            for command, targets in TARGETS.items()
+        }
         in_time = 0.0 if self.aim else IN_TIME
         configs = itertools.cycle(self.configs)
         start = time.monotonic()
@@ -524,9 +678,10 @@ class Harness:
                 break
             spawn = in_spawned < spawned
             some = min(self.per_run, max(left, 1))
-            targets = ["" if rng.random() < in_time else next(aims) for _ in range(some)]
-            before = len(self.kills)
             config = next(configs)
+            mine = aims[command_of(config)]
+            targets = ["" if rng.random() < in_time else next(mine) for _ in range(some)]
+            before = len(self.kills)
             self.run(number, config, targets, spawn)
             new = self.kills[before:]
             failed = bool(self.failures) and self.failures[-1].startswith(f"run {number} ")
@@ -585,11 +740,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the table as Markdown")
     parser.add_argument("--json", type=Path, help="write every kill as JSON")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--aim", nargs="+", choices=TARGETS, help="no moments but in these phases")
+    phases = sorted({phase for targets in TARGETS.values() for phase in targets})
+    parser.add_argument("--aim", nargs="+", choices=phases, help="no moments but in these phases")
     parser.add_argument("--work", type=Path, help="folder for the runs, which is kept")
     given = parser.parse_args()
     if given.work and given.work.exists() and any(given.work.iterdir()):
         parser.error(f"--work: {given.work} is not empty; what is in it would be taken for a run's")
+    for name in given.configs:
+        if given.aim and not {*given.aim} & {*TARGETS[command_of(name)]}:
+            parser.error(f"--aim: {name} has none of these phases")
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # the probe, and the library that this process has imported, for fresh interpreters too
@@ -602,6 +761,8 @@ def main() -> int:
     import sso_lightning.cli  # noqa: F401
 
     imports = time.monotonic() - start
+    if "endpoint" in given.configs:
+        import openai  # noqa: F401
     torch.set_num_threads(1)
     # wake before the run does when it enters a phase, if the system lets us; not inherited
     with contextlib.suppress(OSError):
@@ -610,7 +771,8 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     apart(lambda: make_home(home), home / "home.log")
     harness = Harness(home, given.seed, given.per_run, given.configs, given.aim, imports)
-    harness.go(given.kills, given.spawn)
+    with scripted_server(home) if "endpoint" in given.configs else contextlib.nullcontext():
+        harness.go(given.kills, given.spawn)
     summary = (
         f"{table(harness.kills)}\n\n"
         f"By config: {split(harness.kills, 'config')}. By process: "

@@ -16,32 +16,37 @@ from lightning.pytorch import Callback, Trainer
 from sso_lightning import callbacks, pairs
 from sso_lightning.callbacks import RegeneratePairs
 from sso_lightning.checkpoints import WholeCheckpoints
+from sso_lightning.principles import PolicyPrinciples, PredefinedPrinciples
 from sso_lightning.records import PairStore
 from sso_lightning.runs import RunLogger, SaveConfig
 from sso_lightning.sampling import TransformersSampler
 
-PHASES = {
-    "start-up": None,
-    "config write": (SaveConfig, "on_fit_start"),
-    "checkpoint read": (WholeCheckpoints, "load_checkpoint"),
-    "pairs": (RegeneratePairs, "build"),
-    "sampling": (TransformersSampler, "sample"),
-    "scoring": (pairs, "score"),
-    "shard write": (PairStore, "write_shard"),
-    "manifest write": (PairStore, "_save"),
-    "metrics write": (RunLogger, "save"),
-    "training": None,
-    "optimizer step": None,
-    "checkpoint write": (Trainer, "save_checkpoint"),
-    "after checkpoint": None,
-    "validation": None,
-    "export": (callbacks, "save_policy"),
-    "after export": None,
+PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
+    "start-up": (),
+    "config write": ((SaveConfig, "on_fit_start"),),
+    "checkpoint read": ((WholeCheckpoints, "load_checkpoint"),),
+    "pairs": ((RegeneratePairs, "build"),),
+    "principles": ((PredefinedPrinciples, "propose"), (PolicyPrinciples, "propose")),
+    "sampling": ((TransformersSampler, "sample"),),
+    "scoring": ((pairs, "score"),),
+    "shard write": ((PairStore, "write_shard"),),
+    "manifest write": ((PairStore, "_save"),),
+    "set finish": ((PairStore, "finish"),),
+    "metrics write": ((RunLogger, "save"),),
+    "training": (),
+    "optimizer step": (),
+    "checkpoint write": ((Trainer, "save_checkpoint"),),
+    "after checkpoint": (),
+    "validation": (),
+    "export": ((callbacks, "save_policy"),),
+    "after export": (),
+    "prediction": (),
 }
 """Phases and the functions that are one; the others begin and end with a hook, or with another.
 
-`pairs` is what is left of making a set: principles, prompts, cleaning, reading back. `after
-checkpoint` lasts from the renamed file to the next mark.
+`pairs` is what is left of making a set: prompts, cleaning, the report, reading back. `set finish`
+is what is left of the last manifest write. `after checkpoint` lasts from the renamed file to the
+next mark.
 """
 
 
@@ -52,8 +57,8 @@ class Probe(Callback):
         self._process = os.getpid()
         self._pipe = int(os.environ["SSO_CRASH_PIPE"])
         self._outer = ["start-up"]
-        for phase, place in PHASES.items():
-            if place:
+        for phase, places in PHASES.items():
+            for place in places:
                 self._wrap(phase, *place)
 
     def _mark(self, phase: str) -> None:
@@ -105,3 +110,7 @@ class Probe(Callback):
     def on_validation_end(self, *args: Any) -> None:
         """Validation is over and logged."""
         self._enter("training")
+
+    def on_predict_start(self, *args: Any) -> None:
+        """The set is there, and is gone through."""
+        self._enter("prediction")

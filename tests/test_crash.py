@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -33,7 +32,7 @@ def crash():
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory):
+def harness(tmp_path_factory, forks):
     """Its output after a handful of kills, and the folder of its runs."""
     work = tmp_path_factory.mktemp("crash") / "work"
     aims = ["shard write", "metrics write", "checkpoint write", "after checkpoint"]
@@ -41,14 +40,7 @@ def harness(tmp_path_factory):
         *("--kills", "4", "--per-run", "4", "--seed", "1", "--configs", "accumulate"),
         *("--aim", *aims, "--work", work, "--json", work.parent / "kills.json"),
     ]
-    done = subprocess.run(
-        [sys.executable, PROGRAM, *map(str, options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    return done, work
+    return forks.run(PROGRAM, *options, cwd=work.parent), work
 
 
 @pytest.mark.slow
@@ -127,6 +119,65 @@ def test_the_comparison_notices_every_change(crash, harness, tmp_path):
     assert changed(lambda root: cut(root, "config.yaml"))
     (line,) = changed(lambda root: (root / "checkpoints" / ".last.ckpt.tmp").write_text(""))
     assert line == "file checkpoints/.last.ckpt.tmp only in one of them"
+
+
+@pytest.mark.slow
+def test_killed_predictions_repeat_nothing_and_end_the_same(forks, tmp_path):
+    """Principles from a list, and from a server that counts what it is asked."""
+    aims = ["principles", "sampling", "scoring", "shard write", "set finish"]
+    options = ["--kills", 6, "--per-run", 3, "--configs", "predict", "endpoint"]
+    options += ["--aim", *aims, "--work", tmp_path / "work", "--json", tmp_path / "kills.json"]
+    done = forks.run(PROGRAM, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills = json.loads((tmp_path / "kills.json").read_text())
+    assert len(kills) >= 6
+    assert {kill["config"] for kill in kills} == {"predict", "endpoint"}
+    assert all(kill["resumed"] and kill["identical"] for kill in kills)
+    assert len({kill["phase"] for kill in kills}) >= 3
+    assert len((tmp_path / "work" / "asked").read_text().splitlines()) >= 2 * 6
+
+
+def test_what_is_repeated_or_lost_is_noticed(crash, tmp_path):
+    (tmp_path / "asked").write_text("")
+    folder, cache = tmp_path / "run" / "pairs" / "predict", tmp_path / "run.cache"
+    folder.mkdir(parents=True)
+    cache.mkdir()
+
+    def state(shards, answers=(), asked=()):
+        """Kept, with shards by their content; those that are there are not written again."""
+        for name, text in shards.items():
+            if not (folder / name).exists() or (folder / name).read_text() != text:
+                (folder / name).write_text(text)
+                os.utime(folder / name, ns=(0, len(text)))
+        listed = [{"file": name} for name in shards]
+        (folder / "manifest.json").write_text(json.dumps({"shards": listed}))
+        lines = [json.dumps({"text": f"Gladly Name {n} birds."}) + "\n" for n in answers]
+        (cache / "answers.jsonl").write_text("".join(lines))
+        (tmp_path / "asked").write_text("".join(f"Name {n} birds\n" for n in asked))
+        return crash.Kept.of(tmp_path, tmp_path / "run")
+
+    def attempt(samplings, killed=True):
+        timeline = [(0.0, phase) for _ in range(samplings) for phase in ("sampling", "scoring")]
+        return crash.Attempt(-9 if killed else 0, timeline, 1.0 if killed else None)
+
+    before = state({"a": "1"}, [1], [1, 2])
+    fine = state({"a": "1", "b": "2"}, [1, 2, 3], [1, 2, 2, 3])
+    assert before.repeated(fine, attempt(2), "predict") == []
+    assert before.repeated(fine, attempt(1, killed=False), "predict") == []
+    assert before.repeated(fine, attempt(9), "fit") == []  # the policy may be asked more often
+    for samplings, killed in ((3, True), (2, False)):
+        found = before.repeated(fine, attempt(samplings, killed), "predict")
+        assert found == [f"sampled {samplings} times for 1 shards"]
+    for after, line in (
+        (({"b": "2"}, [1], [1, 2]), "pairs/predict/a: was finished, and is lost"),
+        (({"a": "22"}, [1], [1, 2]), "pairs/predict/a: was finished, and is another file"),
+        (({"a": "1"}, [1], [1, 2, 1]), "Name 1 birds: asked though answered"),
+        (({"a": "1"}, [1, 3], [1, 2, 3, 3]), "Name 3 birds: asked twice"),
+        (({"a": "1"}, [1, 1], [1, 2]), "Name 1 birds: stored twice"),
+        (({"a": "1"}, [], [1, 2]), "Name 1 birds: lost"),
+    ):
+        before = state({"a": "1"}, [1], [1, 2])
+        assert before.repeated(state(*after), attempt(1), "predict") == [line]
 
 
 # -------------------------------------------------------------------------- what kills brought up
