@@ -143,7 +143,7 @@ def _export(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     from transformers.utils import logging
 
-    from sso_lightning.checkpoints import check_checkpoint
+    from sso_lightning.checkpoint_files import check_checkpoint
     from sso_lightning.policy import export_checkpoint
 
     logging.disable_progress_bar()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,17 @@ from sso_lightning.checkpoints import Checkpoints
 from sso_lightning.data import PairBatch
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
-from sso_lightning.pairs import PairBuilder, PairFilter, apply_filters, digest, score
+from sso_lightning.pairs import (
+    PairBuilder,
+    PairFilter,
+    apply_filters,
+    digest,
+    fill_shards,
+    score,
+)
 from sso_lightning.policy import POLICY, fingerprint, initial_policy, save_policy, speaking
 from sso_lightning.principles import PredefinedPrinciples, PrincipleSource
+from sso_lightning.processes import Processes
 from sso_lightning.records import (
     RESPONSES,
     PairStore,
@@ -30,6 +38,7 @@ from sso_lightning.records import (
     load_records,
 )
 from sso_lightning.sampling import Sampler, TransformersSampler
+from sso_lightning.sharding import gathered, uneven_calls
 
 log = logging.getLogger("sso_lightning")
 
@@ -45,7 +54,9 @@ class PairCallback(Callback):
         report: dict[str, float],
         name: str,
     ) -> None:
-        """Called after a set was sampled, cleaned and scored, before it is trained on.
+        """Called on process 0 when a set was sampled, cleaned and scored, and not trained on yet.
+
+        A policy that is sharded is whole then, and may be called without the other processes.
 
         Args:
             trainer: The trainer.
@@ -61,7 +72,7 @@ class RegeneratePairs(Callback):
     """Makes the pairs of every iteration with the policy in training.
 
     Attaches itself to the data module, which asks it at the start of an epoch, before the policy
-    moves. Process 0 samples and scores while the others wait.
+    moves. Every process samples and scores its part of the shards.
     """
 
     def __init__(
@@ -187,26 +198,23 @@ class RegeneratePairs(Callback):
         Returns:
             The records, on every process.
         """
-        module = self._module
+        trainer, module = self._trainer, self._module
         if name.startswith("generator") and not self._resumed_within():
             module.start_generator()
         builder = self.builder(iteration)
         if self._resumed_within():
             builder.writer = self._writers.get(name, {})
-        with (
-            speaking(module.policy, module.writer),
-            self._first_process_only() as mine,
-        ):
+        processes, folder = builder.processes, Path(trainer.default_root_dir) / "pairs"
+        with speaking(module.policy, module.writer), gathered(module.policy):
             if name == "validation":
                 # not an iteration's: every checkpoint that is validated has a set of its own
                 name = f"validation-{digest(fingerprint(module.policy))}"
-            folder = Path(self._trainer.default_root_dir) / "pairs" / name
-            if mine:
-                records, report = builder.build(queries, folder)
-                self._writers[name] = {"policy": records[0].policy, "adapter": records[0].adapter}
-                _, counts = self._filtered(records, name)
+            records, report = builder.build(queries, folder / name)
+            self._writers[name] = {"policy": records[0].policy, "adapter": records[0].adapter}
+            kept, counts = self._filtered(records, name)
+            with processes.together(), uneven_calls(module.policy):
                 self._announce(records, report | counts, name)
-        return self._filtered(load_records(folder), name)[0]
+        return kept
 
     def score(
         self, records: list[Record], sequences: Sequence[tuple[str, str]], name: str
@@ -233,14 +241,17 @@ class RegeneratePairs(Callback):
             "reference": digest(asdict(module.policy_config)),
             "shard_size": self.shard_size,
         }
-        with self._first_process_only() as mine:
-            if mine:
-                store = PairStore(folder, identity)
-                if not store.complete:
-                    self._score_shards(store, records, sequences)
+        processes = Processes.current()
+        with processes.together():
+            store = PairStore(folder, identity) if processes.first else None
+        store = store or PairStore(folder, helps=True)
+        if not store.complete:
+            self._score_shards(store, records, sequences, processes)
+            with processes.together():
+                if processes.first:
                     store.finish({"pairs/kept": len(records)})
         kept, counts = self._filtered(load_records(folder), name)
-        if counts:
+        if counts and processes.first:
             log.info("%s: %d of %d pairs pass the filters", name, len(kept), len(records))
         return kept
 
@@ -251,34 +262,34 @@ class RegeneratePairs(Callback):
         return apply_filters(own, records, name)
 
     def _score_shards(
-        self, store: PairStore, records: list[Record], sequences: Sequence[tuple[str, str]]
+        self,
+        store: PairStore,
+        records: list[Record],
+        sequences: Sequence[tuple[str, str]],
+        processes: Processes,
     ) -> None:
         """Score and write the shards that are missing."""
-        module, done = self._module, store.shards()
+        module, size = self._module, self.shard_size
         with (
+            gathered(module.policy),
             initial_policy(module.policy, module.policy_config) as model,
             self._forward_context(),
         ):
-            for index, start in enumerate(range(0, len(records), self.shard_size)):
-                if index not in done:
-                    chunk = records[start : start + self.shard_size]
-                    score(
-                        model,
-                        chunk,
-                        sequences,
-                        who="reference",
-                        max_tokens=self.score_tokens,
-                        token_sequences=module.objective.token_sequences,
-                    )
-                    store.write_shard(index, chunk, {})
 
-    @contextmanager
-    def _first_process_only(self) -> Iterator[bool]:
-        """True on process 0; the others wait until it is through, whether it fails or not."""
-        try:
-            yield self._trainer.is_global_zero
-        finally:
-            self._trainer.strategy.barrier("pairs")
+            def make(index: int) -> tuple[list[Record], dict[str, Any]]:
+                chunk = records[index * size :][:size]
+                score(
+                    model,
+                    chunk,
+                    sequences,
+                    who="reference",
+                    max_tokens=self.score_tokens,
+                    token_sequences=module.objective.token_sequences,
+                )
+                return chunk, {}
+
+            count = -(-len(records) // size)
+            fill_shards(store, count, make, model=model, processes=processes)
 
     def _announce(self, records: list[Record], report: dict[str, float], name: str) -> None:
         trainer = self._trainer
@@ -289,6 +300,8 @@ class RegeneratePairs(Callback):
                 logger.log_metrics(numbers, step=trainer.global_step)
         tensors = {key: torch.tensor(float(value)) for key, value in numbers.items()}
         trainer.callback_metrics.update(tensors)
+        if not trainer.is_global_zero:
+            return
         log.info(
             "%s: %d pairs kept, %d dropped; on-policy %.3f / %.3f, gap %.3f, %.0f tokens/s",
             name,
@@ -416,7 +429,10 @@ class ExportPolicy(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export."""
         assert isinstance(pl_module, SSOModule)
-        if trainer.is_global_zero and not trainer.interrupted:
-            out = Path(trainer.default_root_dir) / "export"
-            save_policy(pl_module.policy, pl_module.tokenizer, out, merge=self.merge)
+        if trainer.interrupted:
+            return
+        out = Path(trainer.default_root_dir) / "export"
+        policy, tokenizer, writes = pl_module.policy, pl_module.tokenizer, trainer.is_global_zero
+        save_policy(policy, tokenizer, out, merge=self.merge, writes=writes)
+        if writes:
             log.info("exported the policy to %s", out)

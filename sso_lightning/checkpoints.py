@@ -13,7 +13,6 @@ import random
 import signal
 import subprocess
 import threading
-import zipfile
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -27,53 +26,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from sso_lightning.checkpoint_files import check_checkpoint, checkpoint_step, read_checkpoint
 from sso_lightning.errors import InputError, Stopped
 from sso_lightning.records import replace_file
 from sso_lightning.runs import RunLogger, slurm_job
 
 log = logging.getLogger("sso_lightning")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; its tensors stay on disk until they are used.
-
-    Args:
-        path: A `.ckpt` file.
-
-    Raises:
-        InputError: It cannot be read, or holds something else.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a flipped bit can surface as almost any of them
-        raise InputError(f"{path} is damaged or not a checkpoint") from error
-    if not isinstance(content, dict) or not {"state_dict", "global_step"} <= content.keys():
-        raise InputError(f"{path} is not a checkpoint")
-    return content
-
-
-def check_checkpoint(path: Path) -> None:
-    """Make sure that a checkpoint is whole, before a large model is loaded.
-
-    Args:
-        path: A `.ckpt` file.
-
-    Raises:
-        InputError: It is cut off, has a flipped bit, or is not a checkpoint.
-    """
-    if not path.is_file():
-        raise InputError(f"no checkpoint {path}")
-    # torch writes a zip archive with a checksum of every tensor but is built not to check them: a
-    # flipped bit in a weight would be trained on. This reads the file once, in pieces; reading it
-    # for the run then finds it in the system's file cache and maps it, also for many processes.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except Exception as error:  # a flipped bit can surface as almost any of them
-        raise InputError(f"{path} is damaged or not a checkpoint") from error
-    if broken:
-        raise InputError(f"{path} is damaged ({broken} has another checksum)")
-    read_checkpoint(path)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -106,7 +64,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     age = {}
     for path in sorted(set(folder.glob("*.ckpt")) - last):
         try:  # this reads little more than the numbers
-            age[path] = (read_checkpoint(path)["global_step"], time(path))
+            age[path] = (checkpoint_step(path), time(path))
         except InputError:
             damaged.append(path)
     for path in sorted(age, key=age.__getitem__, reverse=True):
@@ -126,6 +84,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         """Write beside the file, sync, rename."""
+        if Path(path).is_dir():  # by a run that wrote shards
+            self.remove_checkpoint(path)
         replace_file(Path(path), partial(torch.save, checkpoint))
 
     def load_checkpoint(
@@ -346,6 +306,7 @@ class RunState(Callback):
             InputError: The run goes on within an iteration with another number of processes, which
                 would not see the same batches.
         """
+        self._continue_metrics(trainer)  # a sharded model is restored only after `on_fit_start`
         if not self._restored:
             return
         states, self._restored = self._restored, []
@@ -388,7 +349,10 @@ class RunState(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue metrics.csv where the checkpoint was taken."""
-        if self._steps is not None:
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.continue_from(self._steps, self._metrics)
+        self._continue_metrics(trainer)
+
+    def _continue_metrics(self, trainer: pl.Trainer) -> None:
+        steps, self._steps = self._steps, None
+        for logger in trainer.loggers:
+            if steps is not None and isinstance(logger, RunLogger):
+                logger.continue_from(steps, self._metrics)

@@ -17,10 +17,12 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from sso_lightning.callbacks import ExportPolicy, Guard, RegeneratePairs
-from sso_lightning.checkpoints import Checkpoints, RunState, check_checkpoint, newest_whole
+from sso_lightning.checkpoint_files import check_checkpoint, is_checkpoint
+from sso_lightning.checkpoints import Checkpoints, RunState, newest_whole
 from sso_lightning.data import SSODataModule
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
@@ -33,6 +35,7 @@ from sso_lightning.runs import (
     outputs_in,
 )
 from sso_lightning.settings import check_file, one_line
+from sso_lightning.strategies import FSDP2Strategy
 
 log = logging.getLogger("sso_lightning")
 
@@ -102,7 +105,7 @@ class SSOCLI(LightningCLI):
         elif checkpoint and checkpoint != "best":
             if not Path(checkpoint).exists():
                 raise InputError(f"--ckpt_path: no checkpoint {checkpoint}")
-            if Path(checkpoint).is_file():
+            if is_checkpoint(Path(checkpoint)):
                 check_checkpoint(Path(checkpoint))
         if fitting and not checkpoint and not self._get(self.config, "overwrite"):
             claim_run_folder(self._root)
@@ -149,9 +152,16 @@ class SSOCLI(LightningCLI):
         kept = [logger for logger in loggers if logger not in (None, True, False)]
         _check_numbers(trainer)
         try:
-            return super().instantiate_trainer(logger=[own, *kept] if fitting else kept, **kwargs)
+            made = super().instantiate_trainer(logger=[own, *kept] if fitting else kept, **kwargs)
         except ValueError as error:
             raise InputError(f"trainer: {str(error).partition('. ')[0]}") from error
+        if not isinstance(made.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+            raise InputError(
+                f"trainer.strategy: {type(made.strategy).__name__} is not supported, as sampling "
+                "and checkpoints do not know how it spreads the weights; use auto, ddp, "
+                "ddp_find_unused_parameters_true or fsdp2"
+            )
+        return made
 
 
 def _check_numbers(trainer: Any) -> None:
@@ -191,13 +201,15 @@ def quieten() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*Checkpoint directory .* exists and is not empty.*"
     )
+    # what is logged was gathered from all processes by torchmetrics
+    warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     # anew for every run: a handler keeps the stderr that it was made with
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
     log.propagate = False
 
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sso_lightning.errors import InputError
 from sso_lightning.objectives import ContrastLogps
-from sso_lightning.pairs import trees_of
+from sso_lightning.pairs import columns_of, rows_of, tokens_of, trees_of
 from sso_lightning.prompts import ChatRenderer
 from sso_lightning.records import (
     CONTEXTS,
@@ -31,7 +32,7 @@ from sso_lightning.records import (
     load_records,
     stream_seed,
 )
-from sso_lightning.scoring import Tree
+from sso_lightning.scoring import Tree, response_logps, token_logps
 from sso_lightning.sources import is_hub
 
 Sequences = Sequence[tuple[str, str]]
@@ -82,7 +83,7 @@ class PairBatch:
         sequences: What the trees hold, as `pairs.columns_of` needs it.
         reference: Stored log-probabilities of the reference, float64 `[records]`.
         scale: Factor on the mean loss that makes an optimizer step the mean over its examples,
-            whatever the sizes of the batches accumulated into it.
+            whatever the sizes of the batches accumulated into it; 0 if the batch does not count.
         closes_step: Whether the optimizer steps after this batch.
     """
 
@@ -101,6 +102,47 @@ class PairBatch:
         self.reference = reference
         self.scale = scale
         self.closes_step = closes_step
+
+    def to(self, device: torch.device) -> PairBatch:
+        """Move the reference; scoring lays token ids out itself, on the model's device."""
+
+        def move(values: Any) -> Any:
+            kind = torch.float32 if device.type == "mps" else torch.float64
+            return {
+                k: v.to(device, kind) if v.is_floating_point() else v.to(device)
+                for k, v in values.items()
+            }
+
+        reference = self.reference
+        parts = (reference.logps, reference.lengths, reference.tokens)
+        self.reference = ContrastLogps(*map(move, parts))
+        return self
+
+
+def score_batch(model: Any, batch: PairBatch, max_tokens: int | None = None) -> ContrastLogps:
+    """Log-probabilities of a batch by a model, with gradient, as an objective takes them.
+
+    Args:
+        model: A transformers causal language model, wrapped by PEFT or not, sharded or not.
+        batch: As `PlannedBatches` gives it.
+        max_tokens: Most tokens of one forward call, see `scoring.response_logps`.
+    """
+    by_token: dict[tuple[str, str], Tensor] = {}
+    if batch.reference.tokens:
+        parts = token_logps(model, batch.trees, max_tokens=max_tokens)
+        for sequence in batch.reference.tokens:
+            rows = [*rows_of(parts, batch.sequences, sequence)]
+            by_token[sequence] = pad_sequence(rows, batch_first=True)
+        logps = torch.stack([part.sum() for part in parts])
+        lengths = torch.tensor([len(part) for part in parts], device=logps.device)
+    else:
+        logps, lengths = response_logps(model, batch.trees, max_tokens=max_tokens)
+    counts = columns_of(lengths, batch.sequences)
+    return ContrastLogps(
+        columns_of(logps, batch.sequences),
+        {r: counts[c, r] for c, r in batch.sequences},
+        by_token,
+    )
 
 
 def collate(
@@ -220,6 +262,7 @@ class PlannedBatches(Dataset[PairBatch]):
         limit: int | None = None,
         rank: int = 0,
         token_sequences: Sequences = (),
+        padding: int = 0,
     ) -> None:
         """Plan an epoch.
 
@@ -231,7 +274,10 @@ class PlannedBatches(Dataset[PairBatch]):
             limit: Batches that will be asked for, if not all.
             rank: This process.
             token_sequences: What the objective needs token by token.
+            padding: Batches at the end that do not count (their scale is 0): the processes of a
+                sharded model must call it equally often.
         """
+        self.padding = padding
         self.records = records
         self.turns = turns
         self.sequences = sequences
@@ -254,6 +300,8 @@ class PlannedBatches(Dataset[PairBatch]):
         # sum over the processes by their number
         share = len(mine) / sum(len(other) for turn in window for other in turn)
         batch.scale = share * self.accumulate * len(self.turns[index])
+        if index >= len(self) - self.padding:
+            batch.scale = 0.0
         batch.closes_step = index + 1 == min(first + self.accumulate, self.limit)
         return batch
 
@@ -473,19 +521,8 @@ class SSODataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: PairBatch, device: torch.device, dataloader_idx: int
     ) -> PairBatch:
-        """Only the reference moves: scoring lays token ids out itself, on the model's device."""
-
-        def move(values: Any) -> Any:
-            kind = torch.float32 if device.type == "mps" else torch.float64
-            return {
-                k: v.to(device, kind) if v.is_floating_point() else v.to(device)
-                for k, v in values.items()
-            }
-
-        reference = batch.reference
-        parts = (reference.logps, reference.lengths, reference.tokens)
-        batch.reference = ContrastLogps(*map(move, parts))
-        return batch
+        """Only the reference moves."""
+        return batch.to(device)
 
     # ------------------------------------------------------------------ what is behind it
 
@@ -519,8 +556,15 @@ class SSODataModule(pl.LightningDataModule):
         order = range(rank, len(records), world) if world <= len(records) else range(len(records))
         size = self.val_batch_size
         turns = [[order[i : i + size]] for i in range(0, len(order), size)]
-        by_token = self._module.objective.token_sequences
-        planned = PlannedBatches(records, turns, self._sequences, token_sequences=by_token)
+        most = len(records) if world > len(records) else -(-len(records) // world)
+        padding = -(-most // size) - len(turns)
+        planned = PlannedBatches(
+            records,
+            turns + turns[-1:] * padding,
+            self._sequences,
+            token_sequences=self._module.objective.token_sequences,
+            padding=padding,
+        )
         return self._loader(planned)
 
     @property
@@ -539,7 +583,7 @@ class SSODataModule(pl.LightningDataModule):
     def _plan(self) -> list[list[list[int]]]:
         """The batches of this epoch, of all processes."""
         turns = plan_batches(
-            [sum(tree.tokens for tree in trees_of([x], self._sequences)) for x in self._train],
+            tokens_of(self._train, self._sequences),
             batch_size=self._number("batch_size"),
             max_tokens=self.max_tokens,
             seed=self.seed,

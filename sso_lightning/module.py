@@ -10,16 +10,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 
-from sso_lightning.data import PairBatch
+from sso_lightning.data import PairBatch, score_batch
 from sso_lightning.errors import InputError
 from sso_lightning.losses import IPO
 from sso_lightning.objectives import ContrastLogps, Objective
-from sso_lightning.pairs import columns_of, rows_of
 from sso_lightning.policy import (
     GENERATOR,
     POLICY,
@@ -33,7 +32,8 @@ from sso_lightning.policy import (
     vocabulary_size,
 )
 from sso_lightning.prompts import ChatRenderer
-from sso_lightning.scoring import response_logps, token_logps
+from sso_lightning.sharding import full, shard
+from sso_lightning.strategies import FSDP2Strategy
 
 log = logging.getLogger("sso_lightning")
 
@@ -209,6 +209,11 @@ class SSOModule(pl.LightningModule):
         if self.generator:
             add_generator(self.policy)
             self._first_adapter = adapter_weights(self.policy, POLICY)
+        strategy = self._trainer.strategy if self._trainer else None
+        if isinstance(strategy, ModelParallelStrategy):
+            # only ours has settings of its own
+            options = strategy.sharding if isinstance(strategy, FSDP2Strategy) else {}
+            shard(self.policy, strategy.device_mesh["data_parallel"], **options)
 
     def load_tokenizer(self) -> None:
         """Load the tokenizer and probe its chat template: seconds, and needs no weights."""
@@ -295,22 +300,7 @@ class SSOModule(pl.LightningModule):
         """Log-probabilities of a batch by what is trained in this epoch, with gradient."""
         if self.generator:
             activate(self.policy, GENERATOR if self.trains_generator else POLICY)
-        by_token: dict[tuple[str, str], Tensor] = {}
-        if batch.reference.tokens:
-            parts = token_logps(self.policy, batch.trees, max_tokens=self.max_tokens)
-            for sequence in batch.reference.tokens:
-                rows = [*rows_of(parts, batch.sequences, sequence)]
-                by_token[sequence] = pad_sequence(rows, batch_first=True)
-            logps = torch.stack([part.sum() for part in parts])
-            lengths = torch.tensor([len(part) for part in parts], device=logps.device)
-        else:
-            logps, lengths = response_logps(self.policy, batch.trees, max_tokens=self.max_tokens)
-        counts = columns_of(lengths, batch.sequences)
-        return ContrastLogps(
-            columns_of(logps, batch.sequences),
-            {r: counts[c, r] for c, r in batch.sequences},
-            by_token,
-        )
+        return score_batch(self.policy, batch, self.max_tokens)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """One batch; the loss of an optimizer step is the mean over its examples."""
@@ -333,7 +323,7 @@ class SSOModule(pl.LightningModule):
         metrics["loss"] = loss
         metrics["reward_accuracy"] = metrics[f"reward_accuracy_{first}"]
         metrics["reward_margin"] = metrics[f"reward_margin_{first}"]
-        self._held_out_metrics.update(metrics, weight=len(batch.ids))
+        self._held_out_metrics.update(metrics, weight=len(batch.ids) if batch.scale else 0)
 
     test_step = validation_step
 
@@ -350,6 +340,8 @@ class SSOModule(pl.LightningModule):
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, list[Any]]:
         """Ids and log-probabilities of sampled pairs (the pairs themselves are on disk)."""
         logps = self.score(batch).logps
+        if not batch.scale:
+            return {}
         return {"id": batch.ids} | {f"{c}/{r}": v.tolist() for (c, r), v in logps.items()}
 
     # ------------------------------------------------------------------ schedule
@@ -364,7 +356,7 @@ class SSOModule(pl.LightningModule):
             return
         late = self._ipo_progress[len(self._ipo_progress) // 2 :]
         progress = sum(late) / len(late)
-        if progress < IPO_PROGRESS_FLOOR:
+        if progress < IPO_PROGRESS_FLOOR and self.trainer.is_global_zero:
             log.warning(
                 "iteration %d: in its second half the IPO margin was %.3f of its target of %.3g "
                 "nats per token; with the target out of reach nothing holds the policy back. A "
@@ -414,7 +406,7 @@ class SSOModule(pl.LightningModule):
         All processes see the same loss and norm, so they all skip or none does.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = full(torch.nn.utils.get_total_norm(gradients))
         self._log_step("grad_norm", norm)
         if self._loss_is_finite and norm.isfinite():
             self.skipped_in_row = 0

@@ -1,7 +1,8 @@
 """From queries to scored pairs: principles, three prompts, three answers, cleaning, scores.
 
 A set of pairs is built in shards of queries; each shard runs the whole chain and is written
-when it is finished, so a killed run loses one shard at most. The scores are those of the policy
+when it is finished, so a killed run loses one shard per process at most. A shard is made by one
+process, whichever: the set is the same for any number of them. The scores are those of the policy
 that sampled, taken in one pass over the same token ids that will be trained on: they are the
 reference of the iteration (`reference: previous`), the near-on-policy filter's input and the
 on-policy report in one.
@@ -30,6 +31,7 @@ from torch import Tensor
 from sso_lightning.errors import InputError
 from sso_lightning.policy import fingerprint
 from sso_lightning.principles import Draw, PrincipleSource, Steering, principle_rates
+from sso_lightning.processes import Processes
 from sso_lightning.prompts import ChatRenderer, clean_response
 from sso_lightning.records import (
     RESPONSES,
@@ -41,6 +43,7 @@ from sso_lightning.records import (
 )
 from sso_lightning.sampling import Request, Sample, Sampler
 from sso_lightning.scoring import Tree, response_logps, token_logps
+from sso_lightning.sharding import uneven_calls
 
 log = logging.getLogger("sso_lightning")
 
@@ -71,6 +74,12 @@ def trees_of(records: Sequence[Record], sequences: Iterable[tuple[str, str]]) ->
         for record in records
         for context, responses in grouped.items()
     ]
+
+
+def tokens_of(records: Sequence[Record], sequences: Iterable[tuple[str, str]]) -> list[int]:
+    """Tokens that a pass over each record computes, shared prompts counted once."""
+    wanted = list(sequences)
+    return [sum(tree.tokens for tree in trees_of([record], wanted)) for record in records]
 
 
 def columns_of(
@@ -187,6 +196,41 @@ def apply_filters(
     return records, numbers
 
 
+def fill_shards(
+    store: PairStore,
+    count: int,
+    make: Callable[[int], tuple[Sequence[Record], dict[str, Any]]],
+    *,
+    model: Any,
+    processes: Processes,
+) -> None:
+    """Make the shards that are missing, each process its part of them, and list them all.
+
+    Args:
+        store: The set; on process 0 the one that owns it.
+        count: Shards of the whole set.
+        make: Makes the records of a shard and the notes beside it.
+        model: What `make` calls, each process as often as it needs to.
+        processes: Which process makes which.
+    """
+    done = store.shards()
+    # as process 0 sees it: what the others read may already hold a shard of this round
+    missing = processes.gather([index for index in range(count) if index not in done])[0]
+    if processes.first and 0 < len(missing) < processes.size:
+        log.info(
+            "%s: shards to make: %d, processes: %d; with a smaller pairs.shard_size each of them "
+            "would have a part",
+            store.folder,
+            len(missing),
+            processes.size,
+        )
+    with processes.together(), uneven_calls(model):
+        for index in processes.share(missing):
+            store.write_shard(index, *make(index))
+    if processes.first:
+        store.adopt()
+
+
 @dataclass
 class PairBuilder:
     """Builds one set of pairs with one policy.
@@ -207,6 +251,7 @@ class PairBuilder:
         shard_size: Queries per shard.
         token_sequences: Sequences whose log-probabilities are stored token by token.
         forward_context: Entered around the policy's forward passes (the trainer's precision).
+        processes: All of which call `build`; each makes a part of the shards.
         writer: Hashes of the policy that wrote the set, if the policy has been trained since (a
             run resumed within the iteration; empty if they are not known). The set must be there.
             None means the policy as it is.
@@ -231,6 +276,7 @@ class PairBuilder:
     writer: Mapping[str, str] | None = None
     replaces: bool = False
     show_progress: bool = True
+    processes: Processes = field(default_factory=Processes.current)
     _new_tokens: int = field(default=0, init=False)
 
     def build(self, queries: Sequence[Query], folder: Path) -> tuple[list[Record], dict[str, Any]]:
@@ -247,9 +293,16 @@ class PairBuilder:
             InputError: The folder holds a set built from other queries or settings, or no
                 record is left.
         """
-        store = self._open(folder, queries)
+        processes = self.processes
+        names = fingerprint(self.model) if self.writer is None else None
+        with processes.together():
+            store = self._open(folder, queries, names) if processes.first else None
+        store = store or PairStore(folder, helps=True)
         if not store.complete:
+            with processes.together():
+                self.sampler.hand_over(self.model, processes)
             self._fill(store, queries)
+            store = store if processes.first else PairStore(folder, helps=True)
         records = store.read()
         if not records:
             dropped = {
@@ -265,7 +318,9 @@ class PairBuilder:
             )
         return records, store.report
 
-    def _open(self, folder: Path, queries: Sequence[Query]) -> PairStore:
+    def _open(
+        self, folder: Path, queries: Sequence[Query], names: tuple[str, str] | None
+    ) -> PairStore:
         asked = {
             "seed": self.seed,
             "iteration": self.iteration,
@@ -280,11 +335,10 @@ class PairBuilder:
         }
         if self.token_sequences:
             asked["token_scores"] = ["/".join(sequence) for sequence in self.token_sequences]
-        if self.writer is None:
-            base, adapter = fingerprint(self.model)
-            expected = asked | {"policy": base, "adapter": adapter}
+        if names:
+            expected = asked | dict(zip(("policy", "adapter"), names, strict=True))
         else:
-            expected = asked | dict(self.writer)
+            expected = asked | dict(self.writer or {})
         if (folder / "manifest.json").exists():
             store = PairStore(folder)
             wrong = [k for k, v in expected.items() if store.identity.get(k) != v]
@@ -315,30 +369,35 @@ class PairBuilder:
         """Build the shards that are missing and finish the set."""
         names = {"policy": store.identity["policy"], "adapter": store.identity["adapter"]}
         started = time.monotonic()
+        count = -(-len(queries) // self.shard_size)
         done = store.shards()
         with _progress(self, len(queries)) as advance:
-            for index, start in enumerate(range(0, len(queries), self.shard_size)):
-                chunk = queries[start : start + self.shard_size]
-                if index in done:
-                    advance(0, len(chunk))
-                    continue
+            advance(0, sum(len(shard.info["queries"]) for shard in done.values()))
+
+            def make(index: int) -> tuple[list[Record], dict[str, Any]]:
+                chunk = queries[index * self.shard_size :][: self.shard_size]
                 records, dropped, counts = self._shard(chunk, names, advance)
-                info = {
+                return records, {
                     "queries": [q.id for q in chunk],
                     "dropped": dict(dropped),
                     "counts": dict(counts),
                 }
-                store.write_shard(index, records, info)
+
+            fill_shards(store, count, make, model=self.model, processes=self.processes)
         seconds = time.monotonic() - started
-        infos = [shard.info for shard in store.shards().values()]
-        numbers = report(
-            store.read(),
-            sum((Counter(i["dropped"]) for i in infos), Counter()),
-            sum((Counter(i["counts"]) for i in infos), Counter()),
-        )
-        # not part of the set itself: a set that was continued knows only its last stretch
-        numbers |= {"pairs/seconds": seconds, "pairs/tokens_per_second": self._new_tokens / seconds}
-        store.finish(numbers)
+        new_tokens = sum(self.processes.gather(self._new_tokens))
+        with self.processes.together():
+            if self.processes.first:
+                infos = [shard.info for shard in store.shards().values()]
+                numbers = report(
+                    store.read(),
+                    sum((Counter(i["dropped"]) for i in infos), Counter()),
+                    sum((Counter(i["counts"]) for i in infos), Counter()),
+                )
+                # not part of the set: a set that was continued knows only its last stretch
+                numbers["pairs/seconds"] = seconds
+                numbers["pairs/tokens_per_second"] = new_tokens / seconds
+                store.finish(numbers)
 
     def _shard(
         self, queries: Sequence[Query], names: dict[str, str], advance: Callable[[int, int], None]
@@ -587,7 +646,7 @@ def _progress(builder: PairBuilder, total: int) -> Iterator[Callable[[int, int],
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not (builder.show_progress and console.is_terminal),
+        disable=not (builder.show_progress and builder.processes.first and console.is_terminal),
     )
     started, tokens = time.monotonic(), 0
     task = bar.add_task("", total=total, iteration=builder.iteration, rate=0.0)

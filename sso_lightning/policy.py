@@ -20,7 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sso_lightning.checkpoint_files import is_checkpoint, read_checkpoint
 from sso_lightning.errors import InputError
+from sso_lightning.sharding import full, full_state, gathered, is_sharded, like
 
 POLICY, GENERATOR = "default", "generator"
 """Names of the adapters: the policy's is the one that PEFT calls so by itself."""
@@ -287,10 +289,10 @@ def speaking(model: Any, adapter: str) -> Iterator[Any]:
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """A copy of an adapter's weights, by names that do not hold its own."""
+    """A whole copy of an adapter's weights, by names that do not hold its own."""
     mark = f".{adapter}."
     return {
-        name.replace(mark, ".*."): parameter.detach().clone()
+        name.replace(mark, ".*."): full(parameter.detach()).clone()
         for name, parameter in model.named_parameters()
         if "lora_" in name and mark in name
     }
@@ -301,7 +303,8 @@ def set_adapter_weights(model: nn.Module, adapter: str, weights: dict[str, torch
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
-            own[name.replace(".*.", f".{adapter}.")].copy_(value)
+            parameter = own[name.replace(".*.", f".{adapter}.")]
+            parameter.copy_(like(value, parameter))
 
 
 @contextmanager
@@ -314,6 +317,7 @@ def initial_policy(model: Any, config: PolicyConfig) -> Iterator[Any]:
     if is_peft(model):
         with model.disable_adapter():
             yield model
+        _keep_trainable(model)
         return
     first = next(model.parameters())
     yield load_model(config, trainable=False).to(device=first.device, dtype=first.dtype)
@@ -323,18 +327,22 @@ def fingerprint(model: nn.Module) -> tuple[str, str]:
     """Short hashes of the base's and the active adapter's weights ("" without an adapter).
 
     Read from every tensor's name, shape and up to 4096 evenly spaced values: a training step
-    changes it, moving to another device does not.
+    changes it, moving to another device does not. All processes of a sharded model call this.
     """
     base, adapter = hashlib.sha256(), hashlib.sha256()
     found_adapter = False
     silent = set(getattr(model, "peft_config", ())) - {getattr(model, "active_adapter", "")}
-    for name, value in sorted(model.state_dict().items()):
+    # asking a sharded model for its state dict would scatter weights that are gathered
+    own = dict(model.named_parameters(remove_duplicate=False))
+    state = own if is_sharded(model) else model.state_dict()
+    for name, value in sorted(state.items()):
         digest = adapter if "lora_" in name else base
         if digest is adapter and any(f".{other}." in name for other in silent):
             continue
         found_adapter |= digest is adapter
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu")
+        flat = full(value.detach()).reshape(-1)
+        # a copy: numpy would pin the storage, which a sharded model frees
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", copy=True)
         if sample.is_floating_point():
             sample = sample.float()
         digest.update(f"{name}{tuple(value.shape)}".encode())
@@ -342,7 +350,9 @@ def fingerprint(model: nn.Module) -> tuple[str, str]:
     return base.hexdigest()[:16], adapter.hexdigest()[:16] if found_adapter else ""
 
 
-def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -> None:
+def save_policy(
+    model: Any, tokenizer: Any, out: Path, *, merge: bool = False, writes: bool = True
+) -> None:
     """Write a Hugging Face folder: weights or adapter, tokenizer and chat template.
 
     Args:
@@ -351,17 +361,30 @@ def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -
         out: Folder to write. It appears whole or not at all.
         merge: Fold the LoRA adapter into the base, so that `AutoModelForCausalLM` alone loads it.
             The model in memory is left as it was.
+        writes: False only takes part, as all processes of a sharded model must.
 
     Of several adapters the policy's is meant.
     """
-    out = Path(out)
+    if merge and is_peft(model):
+        with gathered(model, "whole"):
+            if writes:
+                _save(model, tokenizer, Path(out), merge=True, state={})
+        return
+    state = full_state(model, keep=writes)
+    if writes:
+        _save(model, tokenizer, Path(out), merge=False, state=state)
+
+
+def _save(
+    model: Any, tokenizer: Any, out: Path, *, merge: bool, state: dict[str, torch.Tensor]
+) -> None:
     partial = out.with_name(out.name + ".partial")
     _remove(partial)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    if merge and is_peft(model):
+    if merge:
         # merge_and_unload would consume the model that may still be in training
         model.merge_adapter(adapter_names=[POLICY])
         try:
@@ -369,9 +392,9 @@ def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -
         finally:
             model.unmerge_adapter()
     elif is_peft(model):
-        model.save_pretrained(partial, selected_adapters=[POLICY])
+        model.save_pretrained(partial, selected_adapters=[POLICY], state_dict=state)
     else:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
     _remove(out)
     partial.rename(out)
@@ -379,9 +402,12 @@ def save_policy(model: Any, tokenizer: Any, out: Path, *, merge: bool = False) -
 
 def _save_merged(model: Any, out: Path) -> None:
     base = model.get_base_model()
+    own = dict(base.named_parameters(remove_duplicate=False))
+    # asking a sharded model for its state dict would scatter weights that are gathered
+    found = own if is_sharded(model) else base.state_dict()
     state = {
         name.replace(".base_layer.", "."): value
-        for name, value in base.state_dict().items()
+        for name, value in found.items()
         if "lora_" not in name
     }
     base.save_pretrained(out, state_dict=state)
@@ -400,7 +426,7 @@ def export_checkpoint(
     """Turn a training checkpoint into a Hugging Face folder.
 
     Args:
-        checkpoint: A `.ckpt` file of a run.
+        checkpoint: A `.ckpt` file or folder of a run.
         out: Folder to write; must not exist yet.
         merge: Fold the LoRA adapter into the base.
         generator: Export the data generator of a run that has one, instead of its policy.
@@ -409,25 +435,17 @@ def export_checkpoint(
         InputError: If the file is missing, is not a checkpoint of this library, has no generator
             but should, or `out` exists.
     """
-    if not checkpoint.is_file():
+    if not is_checkpoint(checkpoint):
         raise InputError(f"no checkpoint {checkpoint}")
     if out.exists():
         raise InputError(f"{out} exists already; choose another folder")
     blocking = next((parent for parent in out.parents if parent.is_file()), None)
     if blocking:
         raise InputError(f"{out} cannot be made: {blocking} is a file")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        settings, state = content["policy"], content["state_dict"]
-    except (
-        RuntimeError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise InputError(f"{checkpoint} is damaged or not a checkpoint of this library") from error
+    content = read_checkpoint(checkpoint)
+    if "policy" not in content:
+        raise InputError(f"{checkpoint} is damaged or not a checkpoint of this library")
+    settings, state = content["policy"], content["state_dict"]
     try:
         lora = settings.pop("lora")
         config = PolicyConfig(**settings, lora=LoRA(**lora) if lora else None)

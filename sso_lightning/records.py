@@ -762,13 +762,21 @@ class PairStore:
         folder: Made if it does not exist.
         identity: JSON values that say what the set is (seed, iteration, policy, ...). A folder
             begun with another identity is refused; None takes the folder as it is.
+        helps: Only write shards: another process owns the set, has opened it before, and lists
+            them by `adopt`.
 
     Raises:
         InputError: The folder is not such a set, or another one.
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, identity: dict[str, Any] | None = None, *, helps: bool = False
+    ) -> None:
         self.folder = Path(folder)
+        self._helps = helps
+        if helps:
+            self._manifest = _read_manifest(self.folder)
+            return
         if (self.folder / _MANIFEST).exists():
             self._manifest = _read_manifest(self.folder)
         else:
@@ -787,7 +795,19 @@ class PairStore:
                 )
         for temporary in self.folder.glob(".*.tmp"):
             temporary.unlink()
+        self.adopt()
         self._set_broken_aside()
+
+    def adopt(self) -> None:
+        """List the shards that helping processes wrote."""
+        notes = sorted(self.folder.glob("shard-*.json"))
+        for note in notes:
+            values = parse_json(note.read_bytes(), str(note))
+            self._manifest.shards.setdefault(values.pop("index"), ShardInfo(**values))
+        if notes:
+            self._save()
+        for note in notes:
+            note.unlink()
 
     def _set_broken_aside(self) -> None:
         broken = {i: s for i, s in self.shards().items() if not _intact(self.folder, s)}
@@ -848,7 +868,11 @@ class PairStore:
         replace_file(path, data)
         self._manifest.shards[index] = shard
         try:
-            self._save()
+            if self._helps:
+                note = json.dumps({"index": index, **asdict(shard)})
+                replace_file(path.with_suffix(".json"), note.encode())
+            else:
+                self._save()
         except InputError:
             del self._manifest.shards[index]
             raise

@@ -24,6 +24,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sso_lightning.errors import InputError
+from sso_lightning.processes import Processes
+from sso_lightning.sharding import causal_lm, is_sharded
 
 SLOT_ARCHITECTURES = frozenset(
     {"gemma", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3"}
@@ -66,6 +68,16 @@ class Sampler(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What decides the distribution that is sampled from, as plain JSON values."""
+
+    def hand_over(self, model: nn.Module, processes: Processes) -> None:  # noqa: B027
+        """Give an engine outside of this process the policy's weights as they are now.
+
+        Called on every process before a set is sampled; an engine in this process needs nothing.
+
+        Args:
+            model: The policy, whole, with the adapter active that is to write.
+            processes: All processes of the run.
+        """
 
     @abstractmethod
     def sample(
@@ -159,6 +171,9 @@ class TransformersSampler(Sampler):
             if self._limit(request) < 1:
                 raise InputError(f"sampling: request {request.key!r} allows no new token")
         answers = [_Answer(request, self._limit(request)) for request in requests]
+        if is_sharded(model):
+            # PEFT's wrapper would go past the hooks by which it gathers its weights
+            model = causal_lm(model)
         run = self._run_slots if _fits_slots(model) else self._run_cache
         with torch.no_grad(), _eval_mode(model):
             run(model, answers, frozenset(stop_ids), progress or (lambda tokens, finished: None))
@@ -196,7 +211,7 @@ class TransformersSampler(Sampler):
                     slots.move(len(live), row, last.length)
                     live[row] = last
 
-        with _attention(_causal_lm(model).get_decoder().config):
+        with _attention(causal_lm(model).get_decoder().config):
             while live or waiting:
                 old, tokens = len(live), 0
                 while waiting and len(live) < rows:
@@ -426,12 +441,8 @@ ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _attend)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _no_mask)
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _fits_slots(model: nn.Module) -> bool:
-    config = getattr(_causal_lm(model), "config", None)
+    config = getattr(causal_lm(model), "config", None)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     # these rotary embeddings depend on the longest row of a call

@@ -37,6 +37,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sso_lightning.errors import InputError
+from sso_lightning.sharding import causal_lm, is_sharded
 
 PROVEN = frozenset(
     {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3"}
@@ -174,31 +175,44 @@ def _score(
     for index, tree in enumerate(trees):
         if not tree.prompt:
             raise InputError(f"scoring: the prompt of tree {index} has no tokens; give it one")
-    causal_lm: Any = cast(Any, model).get_base_model() if _is_peft(model) else model
-    reason = _why_not_trees(model, causal_lm)
+    root = causal_lm(model)
+    sharded, device = is_sharded(root), next(model.parameters()).device
+    in_step = sharded and torch.is_grad_enabled()  # all processes gather each layer equally often
+    reason = _why_not_trees(model, root)
     if reason:
         _say_once(reason)
-        return _score_rows(model, trees, max_tokens)
-    kind = next(model.parameters()).device.type
-    tile_bytes = chunk_bytes or _TILE_BYTES.get(kind, _GPU_TILE_BYTES)
-    return _score_trees(causal_lm, trees, max_tokens, tile_bytes, entropy)
+        return _score_rows(root if sharded else model, trees, None if in_step else max_tokens)
+    tile_bytes = chunk_bytes or _TILE_BYTES.get(device.type, _GPU_TILE_BYTES)
+    if max_tokens is None and device.type == "cpu":
+        max_tokens = _CPU_PASS_TOKENS
+    if in_step:
+        max_tokens = None
+    groups = list(_passes(trees, max_tokens))
+    if not groups:
+        nothing = torch.zeros(0, device=device)
+        return nothing, nothing, torch.zeros(0, dtype=torch.int64, device=device)
+    if not sharded:
+        return _score_trees(root, groups, tile_bytes, entropy)
+    parts = [
+        _as_forward(root, partial(_score_trees, root, [group], tile_bytes, entropy))
+        for group in groups
+    ]
+    tokens, entropies, owners = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tokens, entropies, owners
 
 
-def _is_peft(model: nn.Module) -> bool:
-    return hasattr(model, "get_base_model")
+def _as_forward(root: Any, run: Callable[[], Any]) -> Any:
+    """Run something as the model's forward call, around which a sharded model gathers its root."""
+    with _attribute(root, "forward", run):
+        return root()
 
 
-def _why_not_trees(model: nn.Module, causal_lm: Any) -> str | None:
+def _why_not_trees(model: nn.Module, root: Any) -> str | None:
     """Name the reason why a model must be scored as plain rows, if there is one."""
-    config = getattr(causal_lm, "config", None)
-    kind = getattr(config, "model_type", type(causal_lm).__name__)
+    config = getattr(root, "config", None)
+    kind = getattr(config, "model_type", type(root).__name__)
     if kind not in PROVEN:
         return f"the architecture {kind!r} is not proven for shared prompts"
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule
-
-        if isinstance(causal_lm, FSDPModule):
-            return "a sharded model gathers its weights in whole forward calls only"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "soft prompts come before every row"
     if getattr(config, "use_bidirectional_attention", False):
@@ -315,28 +329,21 @@ class _Row:
 
 
 def _score_trees(
-    causal_lm: Any,
-    trees: Sequence[Tree],
-    max_tokens: int | None,
+    root: Any,
+    groups: Sequence[Sequence[tuple[Tree, int]]],
     tile_bytes: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, entropy (0 unless asked for) and response index of every scored token."""
-    device = next(causal_lm.parameters()).device
-    if max_tokens is None and device.type == "cpu":
-        max_tokens = _CPU_PASS_TOKENS
-    rows = [_Row(group, device) for group in _passes(trees, max_tokens)]
-    if not rows:
-        nothing = torch.zeros(0, device=device)
-        return nothing, nothing, torch.zeros(0, dtype=torch.int64, device=device)
+    """What `_score` returns, by a pass of the decoder per group of trees."""
+    rows = [_Row(group, next(root.parameters()).device) for group in groups]
     # One embedding for all passes: each call would make a gradient as large as the table.
-    embeds = causal_lm.get_input_embeddings()(torch.cat([row.ids for row in rows])[None])
+    embeds = root.get_input_embeddings()(torch.cat([row.ids for row in rows])[None])
     hidden = [
-        _scored_hidden(causal_lm, part, row)
+        _scored_hidden(root, part, row)
         for part, row in zip(embeds.split([len(row.ids) for row in rows], 1), rows, strict=True)
     ]
     targets = torch.cat([row.targets for row in rows])
-    tokens, entropies = _head_logps(causal_lm, torch.cat(hidden), targets, tile_bytes, entropy)
+    tokens, entropies = _head_logps(root, torch.cat(hidden), targets, tile_bytes, entropy)
     return tokens, entropies, torch.cat([row.owners for row in rows])
 
 
@@ -356,9 +363,9 @@ def _passes(trees: Sequence[Tree], max_tokens: int | None) -> Iterator[list[tupl
         yield group
 
 
-def _scored_hidden(causal_lm: Any, embeds: Tensor, row: _Row) -> Tensor:
+def _scored_hidden(root: Any, embeds: Tensor, row: _Row) -> Tensor:
     """Run the decoder over one row and return its normed output [scored, width]."""
-    decoder = causal_lm.get_decoder()
+    decoder = root.get_decoder()
     with _tree_pass(decoder, row):
         out = decoder(
             inputs_embeds=embeds,
@@ -648,18 +655,18 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _no_mask)
 
 
 def _head_logps(
-    causal_lm: Any, hidden: Tensor, targets: Tensor, tile_bytes: int, entropy: bool
+    root: Any, hidden: Tensor, targets: Tensor, tile_bytes: int, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of targets, and entropies (0 unless asked for), both [scored].
 
     Args:
-        causal_lm: Owner of the head and of its scaling and soft cap.
+        root: Owner of the head and of its scaling and soft cap.
         hidden: Normed decoder output [scored, width].
         targets: Token ids [scored].
         tile_bytes: Size of the largest block of float32 logits.
         entropy: Whether entropies are wanted.
     """
-    config, head = causal_lm.config, causal_lm.get_output_embeddings()
+    config, head = root.config, root.get_output_embeddings()
     cap = getattr(config, "final_logit_softcapping", None)
     hidden = hidden / getattr(config, "logits_scaling", 1.0)
     if type(head) is nn.Linear and head.bias is None:

@@ -18,31 +18,37 @@ MAY_IMPORT = {
     "settings": {"errors"},
     "losses": {"errors"},
     "objectives": {"errors", "losses"},
-    "scoring": {"errors"},
-    "policy": {"errors"},
+    "processes": {"errors"},
+    "sharding": {"errors"},
+    "scoring": {"errors", "sharding"},
     "sources": {"errors"},
     "records": {"errors", "sources"},
     "formats": {"errors", "sources", "records"},
     "prompts": {"errors", "records"},
     "principles": {"errors", "records", "prompts"},
     "endpoint": {"errors", "records", "prompts", "principles"},
-    "sampling": {"errors", "records", "prompts", "principles"},
-    "pairs": {"errors", "records", "prompts", "principles", "sampling", "scoring", "policy"},
+    "sampling": {"errors", "records", "prompts", "principles", "processes", "sharding"},
+    "checkpoint_files": {"errors", "sources", "records", "processes"},
+    "policy": {"errors", "sharding", "checkpoint_files"},
+    "strategies": {"errors", "sharding", "checkpoint_files"},
     "runs": {"errors", "records"},
 }
+MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy"}
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
 MAY_IMPORT["data"] |= {"pairs", "objectives", "sources"}
 MAY_IMPORT["filters"] = {"errors", "records", "pairs"}
 MAY_IMPORT["module"] = {
     *("errors", "losses", "objectives", "scoring", "policy", "prompts", "pairs", "data"),
+    *("sharding", "strategies"),
 }
-MAY_IMPORT["checkpoints"] = {"errors", "records", "runs"}
+MAY_IMPORT["checkpoints"] = {"errors", "records", "runs", "checkpoint_files"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
-MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings"}
+MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", "strategies"}
+MAY_IMPORT["cli"].add("checkpoint_files")
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 # commands are imported when they are called
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
-MAY_IMPORT["__main__"].add("augment")
+MAY_IMPORT["__main__"] |= {"augment", "checkpoint_files"}
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
 NO_TORCH = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from sso_lightning import module as room
+from sso_lightning import data as room
 from sso_lightning.callbacks import PairCallback, RegeneratePairs
 from sso_lightning.checkpoints import Checkpoints, RunState
 from sso_lightning.data import SSODataModule, collate

@@ -405,7 +405,8 @@ def flip(path):
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
-    from sso_lightning.checkpoints import check_checkpoint, newest_whole
+    from sso_lightning.checkpoint_files import check_checkpoint
+    from sso_lightning.checkpoints import newest_whole
 
     assert newest_whole(tmp_path / "missing") == (None, [])
     files = {}
