@@ -1,12 +1,13 @@
 """Two real processes with real shards give what one process gives.
 
-All runs of two processes share one launch by torchrun: starting Python twice costs more than they.
+All runs of two processes share one launch: starting Python twice costs more than they do.
 """
 
 import csv
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,21 +28,41 @@ CLIP = 0.04
 OFFLOAD = {"class_path": FSDP2, "init_args": {"cpu_offload": True, "reshard_after_forward": False}}
 
 
-def launch(jobs, folder, count=2):
-    """Run command lines on `count` processes, one after another."""
-    path = folder / "jobs.json"
+def written(jobs, folder):
+    path = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     path.write_text(json.dumps(jobs))
-    command = (
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)),
-        *("--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-        *(str(WORKER), str(path)),
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    return path
+
+
+def launch(jobs, folder, forks, count=2, ranks=None):
+    """Run command lines on `count` processes, one after another, as if torchrun had started them.
+
+    Args:
+        jobs: What `distributed_worker.py` reads.
+        folder: Where to work.
+        forks: Starts processes.
+        count: How many.
+        ranks: Environment of a rank, if another launcher's.
+    """
+    path, port = written(jobs, folder), free_port()
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def of_torchrun(rank):
+        rank_of = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+        return {**torchrun, **rank_of, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+
+    started = [
+        forks.start(WORKER, path, cwd=folder, **(ranks or of_torchrun)(rank))
+        for rank in range(count)
+    ]
+    for done in [process.wait(400) for process in started]:
+        assert done.returncode == 0, done.stderr[-4000:]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def main(*arguments):
@@ -130,17 +151,20 @@ def iteration_end(root, epoch):
 
 RUNS = {
     "ddp": {"strategy": "ddp"},
-    "ddp-lora": {"strategy": "ddp", "lora": LORA},
     "fsdp2": {"strategy": "fsdp2"},
-    "fsdp2-lora": {"strategy": "fsdp2", "lora": LORA},
-    "sharded": {"strategy": SHARDED},
     "sharded-lora": {"strategy": SHARDED, "lora": LORA},
-    "offload": {"strategy": OFFLOAD},
     "generator-ddp": {"strategy": "ddp_find_unused_parameters_true", "generator": True},
     "generator-fsdp2": {"strategy": "fsdp2", "generator": True},
+    "stay-sharded-lora": {"strategy": "fsdp2", "lora": LORA},
 }
-
-
+MORE = {
+    "ddp-lora": {"strategy": "ddp", "lora": LORA},
+    "fsdp2-lora": {"strategy": "fsdp2", "lora": LORA},
+    "sharded": {"strategy": SHARDED},
+    "offload": {"strategy": OFFLOAD},
+    "stay-sharded": {"strategy": "fsdp2"},
+}
+NAMES = [*RUNS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE)]
 STAY_SHARDED = """
 from sso_lightning import sharding
 sharding._fits, sharding.was = lambda root: False, sharding._fits
@@ -177,28 +201,32 @@ def began(home, name, copy):
     return folder
 
 
+def training(home, model, runs):
+    """Jobs that train."""
+    jobs = []
+    for name, settings in runs.items():
+        if "generator" in name:
+            settings = {**settings, "lora": LORA}
+        path = config(home, model, name, 1, devices=2, **settings)
+        job = {"argv": ["fit", "--config", path]}
+        if name.startswith("stay"):
+            back = {"python": "from sso_lightning import sharding; sharding._fits = sharding.was"}
+            jobs += [{"python": STAY_SHARDED}, job, back]
+        else:
+            jobs.append(job)
+    return jobs
+
+
 @pytest.fixture(scope="module")
-def runs(home, tiny_model):
-    """All runs: on one process, and then on two."""
+def runs(home, tiny_model, forks):
+    """The runs of one process, and then those of two."""
     for name, settings in {
         "one": {},
         "one-lora": {"lora": LORA},
         "one-generator": {"lora": LORA, "generator": True},
     }.items():
         assert main("fit", "--config", config(home, tiny_model, name, 2, **settings)) == 0
-    jobs = []
-    for name, settings in RUNS.items():
-        if "generator" in name:
-            settings = {**settings, "lora": LORA}
-        path = config(home, tiny_model, name, 1, devices=2, **settings)
-        jobs.append({"argv": ["fit", "--config", path]})
-    for name, settings in {
-        "stay-sharded": {"strategy": "fsdp2"},
-        "stay-sharded-lora": {"strategy": "fsdp2", "lora": LORA},
-    }.items():
-        path = config(home, tiny_model, name, 1, devices=2, **settings)
-        jobs += [{"python": STAY_SHARDED}, {"argv": ["fit", "--config", path]}]
-        jobs.append({"python": "from sso_lightning import sharding; sharding._fits = sharding.was"})
+    jobs = training(home, tiny_model, RUNS)
     for name in ("fsdp2", "sharded-lora"):
         # cut within the second iteration, then continued
         path = config(home, tiny_model, f"cut-{name}", 1, devices=2, **RUNS[name])
@@ -221,20 +249,32 @@ def runs(home, tiny_model):
     ]
     example = str(WORKER.parent.parent / "examples/fabric_loop.py")
     names = {"example": example, "arguments": fabric, "out": str(home / "fabric.json")}
-    jobs.append({"python": FABRIC.format(**names)})
-    jobs.append({"python": ERRORS})
-    launch(jobs, home)
+    jobs += [{"python": FABRIC.format(**names)}, {"python": ERRORS}]
+    launch(jobs, home, forks)
     return home
+
+
+@pytest.fixture(scope="module")
+def more(runs, tiny_model, forks):
+    """Further runs of two processes."""
+    launch(training(runs, tiny_model, MORE), runs, forks)
+    return runs
+
+
+@pytest.fixture
+def made(request, name):
+    """The folder of all runs, the one named among them."""
+    return request.getfixturevalue("more" if name in MORE else "runs")
 
 
 def twin(name):
     return "one-generator" if "generator" in name else "one-lora" if "lora" in name else "one"
 
 
-@pytest.mark.parametrize("name", [*RUNS, "stay-sharded", "stay-sharded-lora"])
-def test_two_processes_train_as_one(runs, name):
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_as_one(made, name):
     """Losses, gradient norms, pairs of every iteration, final weights."""
-    ours, theirs = runs / name, runs / twin(name)
+    ours, theirs = made / name, made / twin(name)
     sets = sorted(p.parent.relative_to(theirs) for p in theirs.glob("pairs/**/manifest.json"))
     assert len(sets) == 4 if "generator" not in name else len(sets) >= 2
     for part in sets:
@@ -277,30 +317,34 @@ def test_two_processes_continue_what_one_began(runs, name):
     assert_close(weights(runs / f"from-{name}"), weights(runs / name))
 
 
-@pytest.mark.parametrize("name", ["sharded", "fsdp2-lora", "sharded-lora"])
-def test_one_process_continues_what_two_began(runs, tiny_model, name):
-    lora = {"lora": LORA} if "lora" in name else {}
-    path = config(runs, tiny_model, f"back-{name}", 2, **lora)
-    checkpoint = iteration_end(began(runs, name, f"back-{name}"), 0)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_process_continues_what_two_began(made, tiny_model, name):
+    lora = {"lora": LORA} if "lora" in name or "generator" in name else {}
+    path = config(made, tiny_model, f"back-{name}", 2, generator="generator" in name, **lora)
+    if "generator" in name:
+        checkpoint = iteration_end(shutil.copytree(made / name, made / f"back-{name}"), 0)
+        shutil.rmtree(made / f"back-{name}" / "pairs/iteration-00")
+    else:
+        checkpoint = iteration_end(began(made, name, f"back-{name}"), 0)
     assert main("fit", "--config", path, "--ckpt_path", checkpoint) == 0
-    assert_close(weights(runs / f"back-{name}"), weights(runs / twin(name)))
+    assert_close(weights(made / f"back-{name}"), weights(made / twin(name)))
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "sharded", "fsdp2-lora", "sharded-lora", "offload"])
-def test_exports_hold_the_trained_weights(runs, name, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_hold_the_trained_weights(made, name, tmp_path):
     """The folder written at the end of the run, and one made from its checkpoint."""
     from safetensors.torch import load_file
 
-    assert main("export", runs / name / "checkpoints/last.ckpt", tmp_path / "out") == 0
-    file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
-    live, made = (load_file(f / file) for f in (runs / name / "export", tmp_path / "out"))
-    assert_close(live, load_file(runs / twin(name) / "export" / file))
-    assert live.keys() == made.keys()
-    assert all(torch.equal(made[key], value) for key, value in live.items())
+    assert main("export", made / name / "checkpoints/last.ckpt", tmp_path / "out") == 0
+    file = "adapter_model.safetensors" if twin(name) != "one" else "model.safetensors"
+    live, later = (load_file(f / file) for f in (made / name / "export", tmp_path / "out"))
+    assert_close(live, load_file(made / twin(name) / "export" / file))
+    assert live.keys() == later.keys()
+    assert all(torch.equal(later[key], value) for key, value in live.items())
 
 
 def test_a_damaged_shard_is_named(runs, tmp_path):
-    folder = shutil.copytree(runs / "sharded/checkpoints/last.ckpt", tmp_path / "last.ckpt")
+    folder = shutil.copytree(runs / "sharded-lora/checkpoints/last.ckpt", tmp_path / "last.ckpt")
     check_checkpoint(folder)
     shard = next(folder.glob("*.distcp"))
     data = bytearray(shard.read_bytes())
@@ -351,3 +395,48 @@ def test_quantised_weights_are_not_cut(tiny_model):
     model = load_model(PolicyConfig(str(tiny_model), lora=LoRA(r=4), quantize="4bit"))
     with pytest.raises(InputError, match="quantize cannot be sharded"):
         shard(model, mesh=None)
+
+
+def slurm(rank):
+    """What srun puts into the environment of a task."""
+    of_job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "2"}
+    of_task = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"}
+    return {**of_job, **of_task, "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": PORT}
+
+
+PORT = str(free_port())
+
+
+@pytest.mark.exhaustive
+def test_slurm_starts_the_processes(runs, tiny_model, forks):
+    path = config(runs, tiny_model, "slurm", 1, devices=2, strategy="fsdp2")
+    launch([{"argv": ["fit", "--config", path]}], runs, forks, ranks=slurm)
+    assert_close(weights(runs / "slurm"), weights(runs / "one"))
+
+
+@pytest.mark.exhaustive
+def test_torchrun_starts_the_processes(runs, tiny_model):
+    path = config(runs, tiny_model, "torchrun", 1, devices=2, strategy="fsdp2")
+    jobs = written([{"argv": ["fit", "--config", path]}], runs)
+    command = (
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER), str(jobs)),
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, cwd=runs, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_close(weights(runs / "torchrun"), weights(runs / "one"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_four_processes_make_the_pairs_of_one(runs, tiny_model, forks, strategy):
+    """Three shards and four processes: one has nothing to do."""
+    checkpoint = str(runs / "one/checkpoints/last.ckpt")
+    more = ["--ckpt_path", checkpoint, "--data.predict_queries", str(runs / "train.jsonl")]
+    path = config(runs, tiny_model, f"four-{strategy}", 1, devices=4, strategy=strategy)
+    launch([{"argv": ["predict", "--config", path, *more]}], runs, forks, count=4)
+    alone = config(runs, tiny_model, f"alone-{strategy}", 1)
+    assert main("predict", "--config", alone, *more) == 0
+    one, four = (load_records(runs / f"{n}-{strategy}/pairs/predict") for n in ("alone", "four"))
+    assert [(r.id, r.response_ids) for r in four] == [(r.id, r.response_ids) for r in one]
