@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -249,7 +250,21 @@ class SSOModule(pl.LightningModule):
                 raise InputError(f"model.optimizer: {key} must be finite, got {value}")
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        self._warn_of_rounding(trainable.values())
         return optimizer
+
+    @rank_zero_only
+    def _warn_of_rounding(self, trained: Iterable[Tensor]) -> None:
+        """A sum in half precision keeps two or three digits: most small steps change nothing."""
+        dtypes = {p.dtype for p in trained}
+        for dtype in dtypes & {torch.bfloat16, torch.float16}:
+            log.warning(
+                "the weights that are trained are %s: a step smaller than 1/%d of a weight is "
+                "rounded away; policy.dtype: float32 (for LoRA any) with trainer.precision: "
+                "bf16-mixed keeps it",
+                str(dtype).removeprefix("torch."),
+                round(2 / torch.finfo(dtype).eps),
+            )
 
     # ------------------------------------------------------------------ phases
 

@@ -9,13 +9,14 @@ weights for the length of the pass and frees them.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -360,7 +361,8 @@ def save_policy(
         tokenizer: Its tokenizer, saved with its chat template.
         out: Folder to write. It appears whole or not at all.
         merge: Fold the LoRA adapter into the base, so that `AutoModelForCausalLM` alone loads it.
-            The model in memory is left as it was.
+            A quantised base is written as the numbers it stood for while the adapter was trained,
+            in the type it computes in. The model in memory is left as it was.
         writes: False only takes part, as all processes of a sharded model must.
 
     Of several adapters the policy's is meant.
@@ -385,12 +387,7 @@ def _save(
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     if merge:
-        # merge_and_unload would consume the model that may still be in training
-        model.merge_adapter(adapter_names=[POLICY])
-        try:
-            _save_merged(model, partial)
-        finally:
-            model.unmerge_adapter()
+        _save_merged(model, partial)
     elif is_peft(model):
         model.save_pretrained(partial, selected_adapters=[POLICY], state_dict=state)
     else:
@@ -401,16 +398,50 @@ def _save(
 
 
 def _save_merged(model: Any, out: Path) -> None:
+    """Write the base with the policy's adapter in its weights; merging in place would round them."""
+    from peft.tuners.lora import LoraLayer
+
     base = model.get_base_model()
     own = dict(base.named_parameters(remove_duplicate=False))
     # asking a sharded model for its state dict would scatter weights that are gathered
     found = own if is_sharded(model) else base.state_dict()
     state = {
-        name.replace(".base_layer.", "."): value
+        name.replace(".base_layer.", "."): value.detach()
         for name, value in found.items()
-        if "lora_" not in name
+        if "lora_" not in name and ".weight." not in name and not name.endswith(".SCB")
     }
+    with torch.no_grad():
+        for name, layer in base.named_modules():
+            if isinstance(layer, LoraLayer):
+                weight = _dense_weight(layer.get_base_layer())
+                delta = layer.get_delta_weight(POLICY)
+                state[f"{name}.weight"] = (weight + delta.to(weight.dtype)).to(base.dtype)
+            elif _is_quantised(layer) and not name.endswith(".base_layer"):
+                state[f"{name}.weight"] = _dense_weight(layer).to(base.dtype)
+    if getattr(base.config, "quantization_config", None) is not None:
+        config = copy.deepcopy(base.config)
+        del config.quantization_config
+        with torch.device("meta"):  # knows how to write itself, and needs no weights for it
+            plain = type(base)(config).to(base.dtype)
+        plain.generation_config = base.generation_config
+        base = plain
     base.save_pretrained(out, state_dict=state)
+
+
+def _dense_weight(layer: Any) -> torch.Tensor:
+    """A linear layer's weight as plain numbers."""
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    if not _is_quantised(layer):
+        return cast(torch.Tensor, layer.weight)
+    # PEFT's function for modules would replace an 8-bit weight by one that has lost its scales
+    dense = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+    return cast(torch.Tensor, dense)
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer's weights are bitsandbytes' own."""
+    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
 def _remove(folder: Path) -> None:

@@ -80,12 +80,12 @@ def home(tmp_path_factory):
     return folder
 
 
-def config(home, model, name, batch_size, *, lora=None, epochs=2, generator=False, **trainer):
+def config(home, model, name, batch_size, *, lora=None, quantize=None, generator=False, **trainer):
     """A YAML file: two batches a step and a bound on the gradient that is always met."""
     settings = {
         "trainer": {
             "default_root_dir": str(home / name),
-            "max_epochs": epochs,
+            "max_epochs": 2,
             "accelerator": "cpu",
             "devices": 1,
             "accumulate_grad_batches": 2,
@@ -98,6 +98,8 @@ def config(home, model, name, batch_size, *, lora=None, epochs=2, generator=Fals
             "policy": {
                 "path": str(model),
                 "gradient_checkpointing": bool(lora),
+                "dtype": "float32",
+                "quantize": quantize,
                 **({"lora": lora} if lora else {}),
             },
             "objective": {
@@ -156,6 +158,7 @@ RUNS = {
     "generator-ddp": {"strategy": "ddp_find_unused_parameters_true", "generator": True},
     "generator-fsdp2": {"strategy": "fsdp2", "generator": True},
     "stay-sharded-lora": {"strategy": "fsdp2", "lora": LORA},
+    "ddp-qlora": {"strategy": "ddp", "lora": LORA, "quantize": "4bit"},
 }
 MORE = {
     "ddp-lora": {"strategy": "ddp", "lora": LORA},
@@ -224,6 +227,7 @@ def runs(home, tiny_model, forks):
         "one": {},
         "one-lora": {"lora": LORA},
         "one-generator": {"lora": LORA, "generator": True},
+        "one-qlora": {"lora": LORA, "quantize": "4bit"},
     }.items():
         assert main("fit", "--config", config(home, tiny_model, name, 2, **settings)) == 0
     jobs = training(home, tiny_model, RUNS)
@@ -268,7 +272,8 @@ def made(request, name):
 
 
 def twin(name):
-    return "one-generator" if "generator" in name else "one-lora" if "lora" in name else "one"
+    kinds = (kind for kind in ("generator", "qlora", "lora") if kind in name)
+    return next((f"one-{kind}" for kind in kinds), "one")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -319,7 +324,8 @@ def test_two_processes_continue_what_one_began(runs, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_process_continues_what_two_began(made, tiny_model, name):
-    lora = {"lora": LORA} if "lora" in name or "generator" in name else {}
+    lora = {"lora": LORA} if twin(name) != "one" else {}
+    lora |= {"quantize": "4bit"} if "qlora" in name else {}
     path = config(made, tiny_model, f"back-{name}", 2, generator="generator" in name, **lora)
     if "generator" in name:
         checkpoint = iteration_end(shutil.copytree(made / name, made / f"back-{name}"), 0)

@@ -117,20 +117,14 @@ def test_ablations_differ_from_sso_in_one_setting():
     assert objective("pbaa")["init_args"] == {"base": sso["base"]}
 
 
-@pytest.mark.slow
-def test_a_quantised_base_trains_its_adapter(tiny_model, tmp_path, sso, request):
-    """The 7B recipe on a 4-bit base with an 8-bit optimizer."""
-    conftest = request.config.pluginmanager.getplugin(str(ROOT / "tests" / "conftest.py"))
-    queries = conftest.write_queries(tmp_path / "queries.jsonl", 4)
-    status, _, err = sso(
-        *("fit", "--config", ROOT / "configs" / "qwen2_7b" / "sso_2024.yaml"),
-        *("--model.policy.path", tiny_model, "--model.policy.quantize", "4bit"),
-        *("--model.optimizer", "bitsandbytes.optim.AdamW8bit"),
-        *("--data.queries", queries, "--pairs.sampler.init_args.max_new_tokens", "6"),
-        *("--trainer.default_root_dir", tmp_path / "run", "--trainer.accelerator", "cpu"),
-        *("--trainer.max_epochs", "1", "--trainer.precision", "bf16-mixed"),
-    )
-    assert status == 0, err
-    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert settings["model"]["policy"]["quantize"] == "4bit"
-    assert (tmp_path / "run" / "export" / "adapter_model.safetensors").is_file()
+def test_qlora_recipes_differ_in_what_they_keep_in_memory():
+    for family in LARGE:
+        plain, qlora = (
+            yaml.safe_load((ROOT / "configs" / family / f"sso_2024{name}.yaml").read_text())
+            for name in ("", "_qlora")
+        )
+        assert qlora["trainer"].pop("default_root_dir").endswith("-qlora")
+        del plain["trainer"]["default_root_dir"]
+        plain["model"]["policy"]["quantize"] = "4bit"
+        plain["model"]["optimizer"]["class_path"] = "bitsandbytes.optim.PagedAdamW8bit"
+        assert qlora == plain
