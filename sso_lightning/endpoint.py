@@ -3,6 +3,7 @@
 vLLM, `transformers serve` and hosted models answer the same requests, so one `Endpoint` serves for
 all. Timeouts, retries and their back-off are the openai client's. Every finished answer goes to a
 file at once, keyed by what was asked: a run that was killed asks only for the rest the next time.
+`Server` is what every client of such a server needs; `engines` samples through it too.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from sso_lightning.errors import InputError, hide_keys
@@ -117,9 +118,13 @@ class AnswerStore:
                 yield entry
 
 
+class NoReply(Exception):
+    """A reply with status 200 that is not what was asked for."""
+
+
 @dataclass
-class Endpoint:
-    """A chat server that speaks the OpenAI protocol, and how it is asked.
+class Server:
+    """A server that speaks the OpenAI protocol, and how it is reached.
 
     Attributes:
         base_url: Address up to and with `/v1`, such as http://localhost:8000/v1.
@@ -129,68 +134,53 @@ class Endpoint:
         concurrency: Most requests at the same time.
         timeout: Seconds that a request may keep silent.
         max_retries: How often a request is sent again after a timeout, a lost connection, status
-            408, 409, 429 or 5xx, or a reply that is no chat completion. Waits half a second at
+            408, 409, 429 or 5xx, or a reply that is not what was asked for. Waits half a second at
             first, then twice as long each time, or as long as the server says.
-        temperature: Of the answers.
-        max_new_tokens: Most tokens of an answer.
-        extra_body: Further fields of every request, e.g. {top_p: 0.8}.
-        max_failed: Share of a shard's requests that may fail after all retries; one may in any
-            case, unless this is 0. Over it the run ends.
-        cache: Folder in which finished answers are kept, or null; runs may share it.
     """
+
+    label: ClassVar[str] = "server"
+    """What these settings are called in messages."""
 
     base_url: str
     model: str
     key_variable: str | None = None
-    concurrency: int = 8
-    timeout: float = 120.0
+    concurrency: int = 64
+    timeout: float = 600.0
     max_retries: int = 4
-    temperature: float = 0.7
-    max_new_tokens: int = 1024
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    max_failed: float = 0.1
-    cache: str | None = "runs/endpoint-cache"
 
     def __post_init__(self) -> None:
         """Check the settings; the environment is looked at when the first request is sent."""
-        numbers = {
-            "concurrency": (1 <= self.concurrency <= 1000, "between 1 and 1000"),
-            "timeout": (0 < self.timeout < math.inf, "above 0"),
-            "max_retries": (self.max_retries >= 0, "0 or more"),
-            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "max_failed": (0 <= self.max_failed <= 1, "in [0, 1]"),
-        }
-        wrong = [
-            f"endpoint.{name} must be {what}, got {getattr(self, name)}"
-            for name, (fine, what) in numbers.items()
-            if not fine
-        ]
-        wrong += _wrong_url(self.base_url)
+        wrong = self._problems()
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+    def _problems(self) -> list[str]:
+        wrong = self._out_of_range(
+            {
+                "concurrency": (1 <= self.concurrency <= 1000, "between 1 and 1000"),
+                "timeout": (0 < self.timeout < math.inf, "above 0"),
+                "max_retries": (self.max_retries >= 0, "0 or more"),
+            }
+        )
+        wrong += _wrong_url(self.base_url, self.label)
         if not self.model.strip():
-            wrong.append("endpoint.model is empty; give the name that the server knows")
+            wrong.append(f"{self.label}.model is empty; give the name that the server knows")
         name = self.key_variable
         if name is not None and (
             hide_keys(name) != name or not re.fullmatch(r"[A-Za-z_]\w*", name)
         ):
             wrong.append(
-                "endpoint.key_variable must be the name of an environment variable, never the key "
-                "itself; export the key and give the variable's name"
+                f"{self.label}.key_variable must be the name of an environment variable, never the "
+                "key itself; export the key and give the variable's name"
             )
-        wrong += _secrets(self.extra_body)
-        if wrong:
-            raise InputError("; ".join(wrong))
-        self._opened: AnswerStore | None = None
-        self._reached = False
+        return wrong
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the answers, as JSON values: no key, and not how the server is reached."""
-        return {
-            "model": self.model,
-            "temperature": self.temperature,
-            "max_new_tokens": self.max_new_tokens,
-            "extra_body": self.extra_body,
-        }
+    def _out_of_range(self, checks: Mapping[str, tuple[bool, str]]) -> list[str]:
+        return [
+            f"{self.label}.{name} must be {what}, got {getattr(self, name)}"
+            for name, (fine, what) in checks.items()
+            if not fine
+        ]
 
     def check_environment(self) -> None:
         """Make sure that requests can be sent: the client is installed and the key is there.
@@ -200,9 +190,156 @@ class Endpoint:
         """
         if find_spec("openai") is None:
             raise InputError(
-                "an endpoint needs the openai client: pip install 'sso-lightning[endpoint]'"
+                f"{self.label}: the openai client is missing: pip install 'sso-lightning[endpoint]'"
             )
-        self._key()
+        self._secret()
+
+    def _secret(self) -> str:
+        """The key; "" if none is named."""
+        if self.key_variable is None:
+            return ""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key or not (key.isascii() and key.isprintable()):
+            # a key that was given instead of a name must not be shown
+            shown = re.fullmatch(r"[A-Z][A-Z0-9_]{0,39}", self.key_variable)
+            name = f"the environment variable {self.key_variable}" if shown else "this variable"
+            what = "holds characters that no key has" if key else "is not set"
+            raise InputError(
+                f"{self.label}.key_variable: {name} {what}; export it, or leave key_variable out "
+                "if the server wants no key"
+            )
+        return key
+
+    def client(self) -> Any:
+        """An `openai.AsyncOpenAI` for this server."""
+        import openai
+
+        return openai.AsyncOpenAI(
+            base_url=self.base_url,
+            # not None: the client would take OPENAI_API_KEY, which may be meant for another server
+            api_key=self._secret() or "none",
+            timeout=self.timeout,
+            max_retries=self.max_retries,
+        )
+
+    def headers(self) -> Any:
+        """What every request of the client is given as its extra headers."""
+        import openai
+
+        return None if self._secret() else {"Authorization": openai.Omit()}
+
+    async def insist(
+        self,
+        client: Any,
+        send: Callable[[Any], Awaitable[Any]],
+        parse: Callable[[str], T | None],
+        what: str,
+    ) -> T:
+        """Send a request until its reply can be read.
+
+        Args:
+            client: Made by `client`. It retries what failed; a reply of another kind is retried
+                here.
+            send: Sends the request through the client it is given and returns the raw response.
+            parse: Reads a reply's body; None if it is of another kind.
+            what: What the reply should be, for messages.
+
+        Raises:
+            openai.OpenAIError: The request failed after all retries.
+            NoReply: The last reply was of another kind.
+        """
+        left = self.max_retries
+        while True:
+            raw = await send(client.with_options(max_retries=left))
+            reply = parse(raw.text)
+            if reply is not None:
+                return reply
+            left -= raw.retries_taken + 1
+            if left < 0:
+                start = " ".join(raw.text.split())[:80]
+                raise NoReply(f"the reply is no {what}: {start!r}")
+            await asyncio.sleep(min(0.5 * 2 ** (self.max_retries - left - 1), 8.0))
+
+    async def each(self, work: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
+        """Await `work` for all items, `concurrency` at a time; the first error cancels the rest."""
+        waiting = iter(items)  # one iterator for all workers
+
+        async def worker() -> None:
+            for item in waiting:
+                await work(item)
+
+        tasks = [asyncio.create_task(worker()) for _ in range(self.concurrency)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def reason(self, error: Exception) -> str:
+        """An error in one line, without the key, should the server repeat it."""
+        import openai
+
+        text = f"{error} {error.__cause__ or ''}"
+        if isinstance(error, openai.APIStatusError):
+            text = f"status {error.status_code} {error.response.text}"
+        line = " ".join(text.split())
+        key = self._secret()
+        return hide_keys(line.replace(key, "***") if key else line)[:200]
+
+
+@dataclass
+class Endpoint(Server):
+    """A chat server that speaks the OpenAI protocol, and how it is asked.
+
+    Attributes:
+        base_url: Address up to and with `/v1`, such as http://localhost:8000/v1.
+        model: Name of the model as the server knows it.
+        key_variable: Name of the environment variable that holds the key; None sends no key. The
+            key itself is never a setting: settings are written to files.
+        concurrency: Most requests at the same time.
+        timeout: Seconds that a request may keep silent.
+        max_retries: How often a request is sent again; see `Server`.
+        temperature: Of the answers.
+        max_new_tokens: Most tokens of an answer.
+        extra_body: Further fields of every request, e.g. {top_p: 0.8}.
+        max_failed: Share of a shard's requests that may fail after all retries; one may in any
+            case, unless this is 0. Over it the run ends.
+        cache: Folder in which finished answers are kept, or null; runs may share it.
+    """
+
+    label: ClassVar[str] = "endpoint"
+
+    concurrency: int = 8
+    timeout: float = 120.0
+    temperature: float = 0.7
+    max_new_tokens: int = 1024
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    max_failed: float = 0.1
+    cache: str | None = "runs/endpoint-cache"
+
+    def __post_init__(self) -> None:
+        """See `Server`."""
+        super().__post_init__()
+        self._opened: AnswerStore | None = None
+        self._reached = False
+
+    def _problems(self) -> list[str]:
+        numbers = {
+            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "max_failed": (0 <= self.max_failed <= 1, "in [0, 1]"),
+        }
+        return [*super()._problems(), *self._out_of_range(numbers), *_secrets(self.extra_body)]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the answers, as JSON values: no key, and not how the server is reached."""
+        return {
+            "model": self.model,
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "extra_body": self.extra_body,
+        }
 
     def ask(
         self,
@@ -234,7 +371,7 @@ class Endpoint:
         if wanted:
             self.check_environment()
             allowed = max(1, int(self.max_failed * len(requests))) if self.max_failed else 0
-            _in_thread(self._send(wanted, store, allowed))
+            in_thread(self._send(wanted, store, allowed))
         return [store.get(key) for key in keys]
 
     def _cache(self) -> AnswerStore:
@@ -246,22 +383,6 @@ class Endpoint:
     def _cache_key(self, name: str, messages: list[Message]) -> str:
         asked = [self.settings(), name, messages]
         return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-    def _key(self) -> str:
-        """The key; "" if none is named."""
-        if self.key_variable is None:
-            return ""
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key or not (key.isascii() and key.isprintable()):
-            # a key that was given instead of a name must not be shown
-            shown = re.fullmatch(r"[A-Z][A-Z0-9_]{0,39}", self.key_variable)
-            name = f"the environment variable {self.key_variable}" if shown else "this variable"
-            what = "holds characters that no key has" if key else "is not set"
-            raise InputError(
-                f"endpoint.key_variable: {name} {what}; export it, or leave key_variable out if "
-                "the server wants no key"
-            )
-        return key
 
     async def _send(
         self, wanted: Mapping[str, list[Message]], store: AnswerStore, allowed: int
@@ -275,12 +396,13 @@ class Endpoint:
 
         failed, reason = 0, ""
 
-        async def answer(key: str, messages: list[Message]) -> None:
+        async def answer(request: tuple[str, list[Message]]) -> None:
             nonlocal failed, reason
+            key, messages = request
             try:
-                reply = await self._request(client, messages, headers)
-            except (openai.OpenAIError, _NoCompletion) as error:
-                failed, reason = failed + 1, self._reason(error)
+                reply = await self._request(client, messages)
+            except (openai.OpenAIError, NoReply) as error:
+                failed, reason = failed + 1, self.reason(error)
                 if not self._reached and _is_refusal(error):
                     raise InputError(
                         f"{self.base_url} refuses the first request: {reason}; check that the "
@@ -296,68 +418,32 @@ class Endpoint:
                 self._reached = True
                 store.add(key, reply)
 
-        async def work() -> None:
-            for key, messages in waiting:  # one iterator for all workers
-                await answer(key, messages)
-
         waiting = iter(wanted.items())
-        key = self._key()
-        client = openai.AsyncOpenAI(
-            base_url=self.base_url,
-            # not None: the client would take OPENAI_API_KEY, which may be meant for another server
-            api_key=key or "none",
-            timeout=self.timeout,
-        )
-        headers = None if key else {"Authorization": openai.Omit()}
-        async with client:
+        async with self.client() as client:
             if not self._reached:
-                await answer(*next(waiting))
-            tasks = [asyncio.create_task(work()) for _ in range(min(self.concurrency, len(wanted)))]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await answer(next(waiting))
+            await self.each(answer, waiting)
         if failed:
             log.warning(
                 "%d of %d requests to %s failed after all retries, the last one with: %s",
                 *(failed, len(wanted), self.base_url, reason),
             )
 
-    async def _request(self, client: Any, messages: list[Message], headers: Any) -> Reply:
-        """One answer. The client retries what failed; what is no completion is retried here."""
-        left = self.max_retries
-        while True:
-            raw = await client.with_options(
-                max_retries=left
-            ).chat.completions.with_raw_response.create(
+    async def _request(self, client: Any, messages: list[Message]) -> Reply:
+        headers = self.headers()
+        return await self.insist(
+            client,
+            lambda client: client.chat.completions.with_raw_response.create(
                 model=self.model,
                 messages=messages,
                 temperature=self.temperature,
                 max_tokens=self.max_new_tokens,
                 extra_body=self.extra_body or None,
                 extra_headers=headers,
-            )
-            reply = _completion(raw.text)
-            if reply is not None:
-                return reply
-            left -= raw.retries_taken + 1
-            if left < 0:
-                start = " ".join(raw.text.split())[:80]
-                raise _NoCompletion(f"the reply is no chat completion: {start!r}")
-            await asyncio.sleep(min(0.5 * 2 ** (self.max_retries - left - 1), 8.0))
-
-    def _reason(self, error: Exception) -> str:
-        """An error in one line, without the key, should the server repeat it."""
-        import openai
-
-        text = f"{error} {error.__cause__ or ''}"
-        if isinstance(error, openai.APIStatusError):
-            text = f"status {error.status_code} {error.response.text}"
-        line = " ".join(text.split())
-        key = self._key()
-        return hide_keys(line.replace(key, "***") if key else line)[:200]
+            ),
+            _completion,
+            "chat completion",
+        )
 
 
 class EndpointPrinciples(PolicyPrinciples):
@@ -409,10 +495,6 @@ class EndpointPrinciples(PolicyPrinciples):
         return written
 
 
-class _NoCompletion(Exception):
-    """A reply with status 200 that is no chat completion."""
-
-
 def _completion(body: str) -> Reply | None:
     """The answer in a reply's body, or None if the body is no chat completion."""
     try:
@@ -437,7 +519,7 @@ def _is_refusal(error: Exception) -> bool:
     )
 
 
-def _wrong_url(url: str) -> list[str]:
+def _wrong_url(url: str, key: str) -> list[str]:
     """What is wrong with an address; the address is not repeated where it may hold a key."""
     try:
         parts = urlsplit(url.strip())
@@ -447,11 +529,11 @@ def _wrong_url(url: str) -> list[str]:
         parts = urlsplit("")
     if "@" in url or "?" in url or "#" in url or hide_keys(url) != url:
         return [
-            "endpoint.base_url must hold no user, key or query; name the variable that holds the "
-            "key in endpoint.key_variable"
+            f"{key}.base_url must hold no user, key or query; name the variable that holds the key "
+            f"in {key}.key_variable"
         ]
     if not fine:
-        return [f"endpoint.base_url: {url!r} is no address such as http://localhost:8000/v1"]
+        return [f"{key}.base_url: {url!r} is no address such as http://localhost:8000/v1"]
     return []
 
 
@@ -471,7 +553,7 @@ def _names_key(name: object) -> bool:
     return bool(_KEY_FIELD.search(str(name)))
 
 
-def _in_thread(work: Coroutine[Any, Any, T]) -> T:
+def in_thread(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in a thread of its own, and cancel it when this one is interrupted.
 
     The caller may be in a running loop (a notebook); and an interrupt must not wait for the

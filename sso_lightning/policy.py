@@ -352,33 +352,44 @@ def fingerprint(model: nn.Module) -> tuple[str, str]:
 
 
 def save_policy(
-    model: Any, tokenizer: Any, out: Path, *, merge: bool = False, writes: bool = True
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    merge: bool = False,
+    writes: bool = True,
+    adapter: str = POLICY,
 ) -> None:
     """Write a Hugging Face folder: weights or adapter, tokenizer and chat template.
 
     Args:
         model: The policy.
-        tokenizer: Its tokenizer, saved with its chat template.
+        tokenizer: Its tokenizer, saved with its chat template; None writes weights alone.
         out: Folder to write. It appears whole or not at all.
         merge: Fold the LoRA adapter into the base, so that `AutoModelForCausalLM` alone loads it.
             A quantised base is written as the numbers it stood for while the adapter was trained,
             in the type it computes in. The model in memory is left as it was.
         writes: False only takes part, as all processes of a sharded model must.
-
-    Of several adapters the policy's is meant.
+        adapter: Which one is meant, of several.
     """
     if merge and is_peft(model):
         with gathered(model, "whole"):
             if writes:
-                _save(model, tokenizer, Path(out), merge=True, state={})
+                _save(model, tokenizer, Path(out), merge=True, state={}, adapter=adapter)
         return
     state = full_state(model, keep=writes)
     if writes:
-        _save(model, tokenizer, Path(out), merge=False, state=state)
+        _save(model, tokenizer, Path(out), merge=False, state=state, adapter=adapter)
 
 
 def _save(
-    model: Any, tokenizer: Any, out: Path, *, merge: bool, state: dict[str, torch.Tensor]
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    merge: bool,
+    state: dict[str, torch.Tensor],
+    adapter: str,
 ) -> None:
     partial = out.with_name(out.name + ".partial")
     _remove(partial)
@@ -387,18 +398,23 @@ def _save(
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     if merge:
-        _save_merged(model, partial)
+        _save_merged(model, partial, adapter)
     elif is_peft(model):
-        model.save_pretrained(partial, selected_adapters=[POLICY], state_dict=state)
+        model.save_pretrained(partial, selected_adapters=[adapter], state_dict=state)
+        if adapter != POLICY:  # PEFT gives all but its default adapter a folder of their own
+            for path in (partial / adapter).iterdir():
+                path.rename(partial / path.name)
+            (partial / adapter).rmdir()
     else:
         model.save_pretrained(partial, state_dict=state)
-    tokenizer.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     _remove(out)
     partial.rename(out)
 
 
-def _save_merged(model: Any, out: Path) -> None:
-    """Write the base with the policy's adapter in its weights; merging in place would round them."""
+def _save_merged(model: Any, out: Path, adapter: str) -> None:
+    """Write the base with an adapter in its weights; merging in place would round them."""
     from peft.tuners.lora import LoraLayer
 
     base = model.get_base_model()
@@ -414,7 +430,7 @@ def _save_merged(model: Any, out: Path) -> None:
         for name, layer in base.named_modules():
             if isinstance(layer, LoraLayer):
                 weight = _dense_weight(layer.get_base_layer())
-                delta = layer.get_delta_weight(POLICY)
+                delta = layer.get_delta_weight(adapter)
                 state[f"{name}.weight"] = (weight + delta.to(weight.dtype)).to(base.dtype)
             elif _is_quantised(layer) and not name.endswith(".base_layer"):
                 state[f"{name}.weight"] = _dense_weight(layer).to(base.dtype)

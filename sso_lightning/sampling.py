@@ -102,7 +102,64 @@ class Sampler(ABC):
         """
 
 
-class TransformersSampler(Sampler):
+class DrawingSampler(Sampler):
+    """A sampler that draws tokens from the policy's distribution, or from its likelier part."""
+
+    def __init__(
+        self,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        checks: dict[str, tuple[bool, str]],
+    ) -> None:
+        """Check and keep the settings of the distribution; `checks` are the subclass's own.
+
+        Raises:
+            InputError: A setting is out of its range.
+        """
+        checks = {
+            "max_new_tokens": (max_new_tokens >= 1, "at least 1"),
+            "temperature": (temperature >= 0 and math.isfinite(temperature), "0 or more"),
+            "top_p": (0 < top_p <= 1, "above 0 and at most 1"),
+            "top_k": (top_k >= 0, "0 (off) or more"),
+            **checks,
+        }
+        wrong = [f"{name} must be {what}" for name, (fine, what) in checks.items() if not fine]
+        if wrong:
+            raise InputError(f"sampler: {'; '.join(wrong)}")
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.top_k = top_k
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that decide what is sampled (not those of speed)."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+    def limit(self, request: Request) -> int:
+        """Most tokens of the answer to a request."""
+        return self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Make sure that all requests can be answered.
+
+        Raises:
+            InputError: A prompt is empty, or no new token is allowed.
+        """
+        for request in requests:
+            if not request.prompt:
+                raise InputError(f"sampling: request {request.key!r} has an empty prompt")
+            if self.limit(request) < 1:
+                raise InputError(f"sampling: request {request.key!r} allows no new token")
+
+
+class TransformersSampler(DrawingSampler):
     """A decode loop over a transformers model, in batches that shrink as answers finish."""
 
     engine = "transformers"
@@ -130,31 +187,12 @@ class TransformersSampler(Sampler):
             InputError: A setting is out of its range.
         """
         checks = {
-            "max_new_tokens": (max_new_tokens >= 1, "at least 1"),
-            "temperature": (temperature >= 0 and math.isfinite(temperature), "0 or more"),
-            "top_p": (0 < top_p <= 1, "above 0 and at most 1"),
-            "top_k": (top_k >= 0, "0 (off) or more"),
             "max_rows": (max_rows >= 1, "at least 1"),
             "max_tokens": (max_tokens >= 1, "at least 1"),
         }
-        wrong = [f"{name} must be {what}" for name, (fine, what) in checks.items() if not fine]
-        if wrong:
-            raise InputError(f"sampler: {'; '.join(wrong)}")
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_p = top_p
-        self.top_k = top_k
+        super().__init__(max_new_tokens, temperature, top_p, top_k, checks)
         self.max_rows = max_rows
         self.max_tokens = max_tokens
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that decide what is sampled (not those of speed)."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
 
     def sample(
         self,
@@ -165,22 +203,15 @@ class TransformersSampler(Sampler):
         progress: Progress | None = None,
     ) -> list[Sample]:
         """Answer all requests; see `Sampler.sample`."""
-        for request in requests:
-            if not request.prompt:
-                raise InputError(f"sampling: request {request.key!r} has an empty prompt")
-            if self._limit(request) < 1:
-                raise InputError(f"sampling: request {request.key!r} allows no new token")
-        answers = [_Answer(request, self._limit(request)) for request in requests]
+        self.check(requests)
+        answers = [_Answer(request, self.limit(request)) for request in requests]
         if is_sharded(model):
             # PEFT's wrapper would go past the hooks by which it gathers its weights
             model = causal_lm(model)
         run = self._run_slots if _fits_slots(model) else self._run_cache
-        with torch.no_grad(), _eval_mode(model):
+        with torch.no_grad(), eval_mode(model):
             run(model, answers, frozenset(stop_ids), progress or (lambda tokens, finished: None))
         return [answer.sample() for answer in answers]
-
-    def _limit(self, request: Request) -> int:
-        return self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
     def _pick(self, live: list[_Answer], logits: Tensor, stop_ids: frozenset[int]) -> list[int]:
         """Extend each answer by a token [rows, vocabulary]; return the rows that are finished."""
@@ -515,7 +546,7 @@ def _likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode and give each of its modules its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
