@@ -155,6 +155,10 @@ class SSOCLI(LightningCLI):
             made = super().instantiate_trainer(logger=[own, *kept] if fitting else kept, **kwargs)
         except ValueError as error:
             raise InputError(f"trainer: {str(error).partition('. ')[0]}") from error
+        except RuntimeError as error:
+            if "SLURM" not in str(error):
+                raise
+            raise InputError(f"trainer: {error}") from error
         if not isinstance(made.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
             raise InputError(
                 f"trainer.strategy: {type(made.strategy).__name__} is not supported, as sampling "

@@ -405,7 +405,8 @@ def test_quantised_weights_are_not_cut(tiny_model):
 
 def slurm(rank):
     """What srun puts into the environment of a task."""
-    of_job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "2"}
+    of_job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job"}
+    of_job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     of_task = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"}
     return {**of_job, **of_task, "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": PORT}
 

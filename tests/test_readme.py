@@ -10,6 +10,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+EXTENDING = (ROOT / "docs/extending.md").read_text()
+DATA = (ROOT / "docs/data.md").read_text()
 
 
 def test_file_tree_matches_the_disk():
@@ -30,14 +32,19 @@ def test_file_tree_matches_the_disk():
 def test_linked_and_named_files_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
-    for recipe in set(re.findall(r"configs/[\w/]+\.yaml", README)):
+    pages = (ROOT / "docs").glob("*.md")
+    text = README + "".join(page.read_text() for page in pages)
+    for recipe in set(re.findall(r"configs/[\w/]+\.yaml", text)):
         assert (ROOT / recipe).exists(), recipe
 
 
 def test_commands_name_known_subcommands_and_flags():
     from sso_lightning.__main__ import USAGE
 
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
+    blocks = [
+        block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    ]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     used = [c for c in commands if c and c[0] == "sso-lightning"]
@@ -51,7 +58,7 @@ def test_commands_name_known_subcommands_and_flags():
 
 
 def test_example_objective_trains_the_term_it_names():
-    code = re.search(r"```python\n# mine\.py\n(.*?)```", README, re.DOTALL)
+    code = re.search(r"```python\n# mine\.py\n(.*?)```", EXTENDING, re.DOTALL)
     assert code
     space: dict = {}
     exec(code[1], space)
@@ -75,9 +82,8 @@ def test_data_in_and_out_is_what_the_library_takes(tmp_path):
     from sso_lightning.records import load_records
     from sso_lightning.sources import SUFFIXES
 
-    section = README.split("## Data in and out")[1].split("\n## ")[0]
-    assert {*FORMATS, *SUFFIXES} <= {*re.findall(r"`([^`\s]+)`", section)}
-    mapping = re.search(r"--data\.columns '(.*?)'", section)
+    assert {*FORMATS, *SUFFIXES} <= {*re.findall(r"`([^`\s]+)`", DATA)}
+    mapping = re.search(r"--data\.columns '(.*?)'", DATA)
     assert mapping
     path = tmp_path / "pairs.csv"
     path.write_text("question,best,worst\nWhy?,c,r\n")
