@@ -35,6 +35,9 @@ T = TypeVar("T")
 CUT = ("length", "content_filter")
 """Why an answer ended if the model had more to say."""
 
+FIRST_WAIT = 0.5
+"""Seconds before a reply of another kind is asked for again; they double each time."""
+
 _KEY_FIELD = re.compile(r"authorization|(api|access|secret)[-_]?(key|token)", re.IGNORECASE)
 
 
@@ -258,7 +261,7 @@ class Server:
             if left < 0:
                 start = " ".join(raw.text.split())[:80]
                 raise NoReply(f"the reply is no {what}: {start!r}")
-            await asyncio.sleep(min(0.5 * 2 ** (self.max_retries - left - 1), 8.0))
+            await asyncio.sleep(min(FIRST_WAIT * 2 ** (self.max_retries - left - 1), 8.0))
 
     async def each(self, work: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
         """Await `work` for all items, `concurrency` at a time; the first error cancels the rest."""

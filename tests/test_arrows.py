@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "runs": {"errors", "records"},
 }
 MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy"}
+MAY_IMPORT["engines"] = MAY_IMPORT["pairs"] | {"endpoint"}
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
 MAY_IMPORT["data"] |= {"pairs", "objectives", "sources"}
 MAY_IMPORT["filters"] = {"errors", "records", "pairs"}
