@@ -27,6 +27,7 @@ commands:
   export    checkpoint to a Hugging Face folder: sso-lightning export CKPT OUT [--merge]
   export-pairs  pairs for TRL, LLaMA-Factory, SFT or a reward model:
                 sso-lightning export-pairs RUN --to trl --out FILE
+  report    one HTML page of runs, with alarms: sso-lightning report RUN [RUN ...] [--check]
   augment   new queries from seeds: sso-lightning augment SEEDS --model M --count N --out FILE
   sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
 
@@ -35,7 +36,8 @@ options:
   --version  print the version
 
 exit status: 0 done, 1 an error inside, 2 wrong input or settings, 130 Ctrl-C,
-143 SIGTERM, 138 SIGUSR1 (a fit that is stopped saves its state first: --ckpt_path last).
+143 SIGTERM, 138 SIGUSR1 (a fit that is stopped saves its state first: --ckpt_path last),
+3 an alarm of `report --check`.
 SSO_DEBUG=1 shows tracebacks.
 """
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **dict.fromkeys(("fit", "validate", "test", "predict"), lambda _: _train(arguments)),
         "export": _export,
         "export-pairs": _export_pairs,
+        "report": _report,
         "augment": _augment,
         "sandbox": _sandbox,
     }
@@ -115,6 +118,12 @@ def _train(arguments: list[str]) -> int:
 
 def _sandbox(arguments: list[str]) -> int:
     from sso_lightning.sandbox.command import run
+
+    return run(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from sso_lightning.report.command import run
 
     return run(arguments)
 

@@ -49,7 +49,8 @@ MAY_IMPORT["cli"].add("checkpoint_files")
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 # commands are imported when they are called
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
-MAY_IMPORT["__main__"] |= {"augment", "checkpoint_files"}
+MAY_IMPORT["__main__"] |= {"augment", "checkpoint_files", "report"}
+REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
 NO_TORCH = (
@@ -62,6 +63,7 @@ NO_TORCH = (
     "principles",
     "endpoint",
     "augment",
+    "report.command",
 )
 """Rooms that read files and texts only: importing them must stay cheap."""
 
@@ -99,7 +101,7 @@ def test_arrows_point_one_way(path):
 def test_the_arrows_themselves_have_no_circle():
     order, left = [], dict(MAY_IMPORT)
     while left:
-        free = [room for room, needs in left.items() if needs - {"sandbox"} <= {*order}]
+        free = [room for room, needs in left.items() if needs - {"sandbox", "report"} <= {*order}]
         assert free, f"a circle among {sorted(left)}"
         order += free
         left = {room: needs for room, needs in left.items() if room not in free}
@@ -108,6 +110,14 @@ def test_the_arrows_themselves_have_no_circle():
 def test_only_the_entry_point_knows_the_sandbox():
     users = {p.stem for p in PACKAGE.glob("*.py") if "sandbox" in imported_rooms(p.read_text())}
     assert users <= {"__main__"}
+
+
+def test_the_report_is_a_side_room():
+    users = {p.stem for p in PACKAGE.glob("*.py") if "report" in imported_rooms(p.read_text())}
+    assert users <= {"__main__", "cli"}
+    for path in (PACKAGE / "report").glob("*.py"):
+        allowed = REPORT | ({"callbacks"} if path.stem == "callback" else set())
+        assert imported_rooms(path.read_text()) <= allowed, path.name
 
 
 def python(code: str) -> tuple[str, str, float]:
