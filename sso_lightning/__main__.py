@@ -29,6 +29,7 @@ commands:
                 sso-lightning export-pairs RUN --to trl --out FILE
   report    one HTML page of runs, with alarms: sso-lightning report RUN [RUN ...] [--check]
   augment   new queries from seeds: sso-lightning augment SEEDS --model M --count N --out FILE
+  schema    JSON Schema of the YAML, for editors: sso-lightning schema --out schema.json
   sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
 
 options:
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export-pairs": _export_pairs,
         "report": _report,
         "augment": _augment,
+        "schema": _schema,
         "sandbox": _sandbox,
     }
     command = commands.get(arguments[0])
@@ -113,6 +115,28 @@ def _train(arguments: list[str]) -> int:
     from sso_lightning.cli import run
 
     run(arguments)
+    return 0
+
+
+def _schema(arguments: list[str]) -> int:
+    import json
+    from pathlib import Path
+
+    parser = OneLineParser(
+        prog="sso-lightning schema",
+        description="Print the JSON Schema of what --config takes, for editors.",
+    )
+    kinds = ("fit", "validate", "test", "predict")
+    parser.add_argument("--command", choices=kinds, default="fit", help="whose settings")
+    parser.add_argument("--out", type=Path, help="file to write; standard output if not given")
+    given = parser.parse_args(arguments)
+    from sso_lightning.schema import config_schema
+
+    text = json.dumps(config_schema(given.command), indent=1) + "\n"
+    if given.out:
+        given.out.write_text(text)
+    else:
+        sys.stdout.write(text)
     return 0
 
 

@@ -230,20 +230,25 @@ def run(argv: Sequence[str]) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        SSOCLI(
-            SSOModule,
-            SSODataModule,
-            save_config_callback=SaveConfig,
-            seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            command=argv[0],
-            args=list(argv),
-        )
+        make(SSOCLI, argv)
     except ArgumentError as error:
         raise InputError(one_line(str(error), argv[0])) from error
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
+
+
+def make(cli: type[SSOCLI], argv: Sequence[str]) -> SSOCLI:
+    """Make the command line, which parses and runs."""
+    return cli(
+        SSOModule,
+        SSODataModule,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        auto_configure_optimizers=False,
+        command=argv[0],
+        args=list(argv),
+    )
 
 
 def _configs(argv: Sequence[str]) -> list[Path]:

@@ -48,7 +48,9 @@ MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", 
 MAY_IMPORT["cli"].add("checkpoint_files")
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 # commands are imported when they are called
+MAY_IMPORT["schema"] = {"cli"}
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
+MAY_IMPORT["__main__"].add("schema")
 MAY_IMPORT["__main__"] |= {"augment", "checkpoint_files", "report"}
 REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
 
