@@ -136,7 +136,9 @@ def measures_of(record: Record, lore: Lore) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------ leaks
 
 _WORD = re.compile(r"\w+")
-_NOUN = r"(?:answer|response|reply)"
+_NOUNS = ("answer", "response", "reply")
+_SIGNS = ("instruct", "told", "principle", "guideline", "system ")
+"""One of these is in whatever `_TOLD` finds, and looked for much faster."""
 _RULES = r"(?:system (?:message|prompt)|principles?|guidelines?|instructions?)"
 _TOLD = re.compile(
     r"\b(?:as (?:i was |i am )?(?:instructed|told) (?:to|by|in)|"
@@ -147,29 +149,30 @@ _TOLD = re.compile(
 )
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+def _spoken(text: str) -> str:
+    """The words of a text in lower case, one space around each: " like this "."""
+    return f" {' '.join(_WORD.findall(text.lower()))} "
 
 
 @lru_cache(maxsize=4096)
-def _shingles(principle: str) -> dict[tuple[str, ...], str]:
+def _shingles(principle: str) -> tuple[str, ...]:
     """Runs of words that show a principle; of a short one the whole, of a very short one none."""
-    found = {}
+    found: dict[str, None] = {}
     for line in principle.split("\n"):
-        words = _words(line)
+        words = _spoken(line).split()
         size = min(SHINGLE, len(words))
         if size >= SHINGLE - 1:
             for i in range(len(words) - size + 1):
-                found[tuple(words[i : i + size])] = " ".join(words[i : i + size])
-    return found
+                found[f" {' '.join(words[i : i + size])} "] = None
+    return tuple(found)
 
 
 @lru_cache(maxsize=1024)
-def _described(adjectives: tuple[str, ...]) -> re.Pattern[str] | None:
-    if not adjectives:
-        return None
+def _described(adjectives: tuple[str, ...]) -> re.Pattern[str]:
     one_of = "|".join(re.escape(word) for word in adjectives)
-    return re.compile(rf"\b(?:{one_of})(?:(?:,| and|, and) \w+)? {_NOUN}\b", re.IGNORECASE)
+    return re.compile(
+        rf"\b(?:{one_of})(?:(?:,| and|, and) \w+)? (?:{'|'.join(_NOUNS)})\b", re.IGNORECASE
+    )
 
 
 def leak_of(record: Record, response: str, lore: Lore) -> str:
@@ -183,22 +186,26 @@ def leak_of(record: Record, response: str, lore: Lore) -> str:
     text: str = getattr(record, response)
     asked = " ".join(turn["content"] for turn in record.messages)
     principle = {"good": record.good_principle, "bad": record.bad_principle}.get(response, "")
-    sought = dict(_shingles(principle))
-    if sought:
-        words, known = _words(text), " ".join(_words(asked))
-        for size in {len(key) for key in sought}:
-            for i in range(len(words) - size + 1):
-                copied = sought.get(tuple(words[i : i + size]))
-                if copied and copied not in known:
-                    return copied
+    if sought := _shingles(principle):
+        words = _spoken(text)
+        for copied in sought:
+            if copied in words and copied not in _spoken(asked):
+                return copied.strip()
     adjectives = tuple(
         word for name in record.features for word in lore.adjectives.get(name.lower(), ())
     )
-    for pattern in (_TOLD, _described(adjectives)):
-        match = pattern.search(text) if pattern else None
+    lower = text.lower()
+    patterns = []
+    if any(word in lower for word in _SIGNS):
+        patterns.append(_TOLD)
+    names_itself = any(noun in lower for noun in _NOUNS)
+    if names_itself and adjectives:
+        patterns.append(_described(adjectives))
+    for pattern in patterns:
+        match = pattern.search(text)
         if match and match[0].lower() not in asked.lower():
             return match[0]
-    if re.search(_NOUN, text, re.IGNORECASE):
+    if names_itself:
         for line in text.split("\n"):
             rest = clean_response(line, adjectives)
             if rest != line.strip() and line.strip() not in asked:

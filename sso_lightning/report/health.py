@@ -1,12 +1,14 @@
 """Alarms: small rules over the numbers of a run's sets, each with a bound that can be set.
 
-Relative rules compare a set with the first one of its kind in the same run. An alarm names the set,
+Relative rules compare a set with the first one of its kind in the same run, and say nothing of a
+change that is within two of its standard errors. An alarm names the set,
 the number, the bound, and the three records that show it best. What a run's files do not hold is
 "not known", which is no alarm and no all-clear either.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
@@ -15,6 +17,8 @@ from sso_lightning.errors import InputError
 from sso_lightning.records import RESPONSES
 from sso_lightning.report.read import STRONGEST, Example, PairSet, Run
 
+STANDARD_ERRORS = 2.0
+"""A relative rule is silent while the change is within so many standard errors of it."""
 SYMBOLS = {"good": "y+", "bad": "y-", "original": "yo"}
 
 
@@ -264,6 +268,9 @@ def _read(rule: Rule, bound: float, pairs: PairSet, first: PairSet | None) -> Re
         if rule.form in ("floor", "share", "fall"):
             beyond = -beyond
         fired = limit is not None and beyond > 0
+        if start is not None and first:  # not for a change that chance alone would make
+            chance = math.hypot(pairs.errors.get(measure, 0.0), first.errors.get(measure, 0.0))
+            fired &= abs(value - start) > STANDARD_ERRORS * chance
         proof = rule.proof.format(measure.rpartition("_")[2])
         shown = tuple(pairs.strongest.get(proof, ())[:STRONGEST]) if fired else ()
         reading = Reading(rule, pairs.name, label, value, start, limit, fired, shown, proof)

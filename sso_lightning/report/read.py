@@ -82,6 +82,7 @@ class PairSet:
         complete: Whether the run finished the set.
         records: Records read.
         means: Measure to its mean over the records that have it.
+        errors: Measure to the standard error of its mean.
         known: Measure to the number of records that have it.
         reported: What the run wrote about the set itself (`pairs/...`).
         dropped: Reason to queries.
@@ -100,6 +101,7 @@ class PairSet:
     complete: bool
     records: int = 0
     means: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     known: dict[str, int] = field(default_factory=dict)
     reported: dict[str, float] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
@@ -325,7 +327,8 @@ class _Tally:
 
     def __init__(self, pairs: PairSet, lore: Lore, seed: int, keep: int) -> None:
         self.pairs, self.lore, self.seed, self.keep = pairs, lore, seed, keep
-        self.sums: Counter[str] = Counter()
+        self.sums: dict[str, float] = defaultdict(float)
+        self.squares: dict[str, float] = defaultdict(float)
         self.repeats = Repeats()
         self.drawn: list[tuple[int, int, Example]] = []
         self.extremes: dict[str, list[tuple[float, int, Example]]] = defaultdict(list)
@@ -347,7 +350,8 @@ class _Tally:
         pairs.records += 1
         pairs.ids.add(order)
         for name, value in numbers.items():
-            self.sums[name] += value  # type: ignore[assignment]
+            self.sums[name] += value
+            self.squares[name] += value * value
             pairs.known[name] = pairs.known.get(name, 0) + 1
             _count(pairs.histograms, name, value)
         pairs.features.update(record.features or ["(none named)"])
@@ -371,6 +375,10 @@ class _Tally:
     def finish(self) -> None:
         pairs = self.pairs
         pairs.means = {name: total / pairs.known[name] for name, total in self.sums.items()}
+        pairs.errors = {
+            name: math.sqrt(max(self.squares[name] / n - pairs.means[name] ** 2, 0.0) / n)
+            for name, n in pairs.known.items()
+        }
         pairs.sample = [example for _, _, example in sorted(self.drawn, reverse=True)]
         pairs.strongest = {
             name: [example for _, _, example in sorted(kept, reverse=True)]
