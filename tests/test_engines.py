@@ -1,11 +1,17 @@
 """Engines outside of this process, against a real completions server that runs `generate`."""
 
 import json
+import os
 import socket
 import sys
 import threading
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sso_lightning.endpoint import Server
-from sso_lightning.engines import ServerSampler
+from sso_lightning.engines import ServerSampler, VLLMSampler
 from sso_lightning.errors import InputError
 from sso_lightning.policy import GENERATOR, LoRA, PolicyConfig, activate, add_generator, load_model
 from sso_lightning.processes import Processes
@@ -25,8 +31,10 @@ from sso_lightning.sampling import Request, Sampler, TransformersSampler
 pytest.importorskip("openai")
 
 STOP = [3, 5, 260]
-LIMIT = 12
+LIMIT = 8
 ALONE = Processes()
+PROVED = {"max_gap": 1e-3}
+"""Copies in float32 differ by a thousandth of this."""
 PROBE = list(range(32, 48))
 
 
@@ -132,7 +140,7 @@ class CompletionHandler(BaseHTTPRequestHandler):
         if spoilt == "drop":
             return self.drop()
         if spoilt == "late":
-            threading.Event().wait(0.6)
+            threading.Event().wait(1.5)
             return self.drop()
         if body["model"] not in server.models:
             return self.reply(404, {"error": {"message": f"no model {body['model']}"}})
@@ -166,7 +174,14 @@ class CompletionHandler(BaseHTTPRequestHandler):
         pass
 
 
-def load_base(path):
+def load_base(path, kept={}):  # noqa: B006
+    """A model from a folder; those of the first, which never changes, are copies."""
+    if not kept:
+        kept[path] = read_base(path)
+    return deepcopy(kept[path]) if path in kept else read_base(path)
+
+
+def read_base(path):
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     model.generation_config.eos_token_id = None  # stops are those of the request alone
     return model
@@ -190,14 +205,19 @@ def quick_retries(monkeypatch):
 
 
 def sampler(server, folder=None, *, model="base", timeout=30.0, **settings):
-    settings = {"max_new_tokens": LIMIT, "temperature": 0.0, **settings}
+    settings = {"max_new_tokens": LIMIT, "temperature": 0.0, "max_gap": None, **settings}
     reached = Server(server.url, model, timeout=timeout, max_retries=2, concurrency=4)
     return ServerSampler(reached, folder=None if folder is None else str(folder), **settings)
 
 
+@cache
+def loaded(path, lora):
+    return load_model(PolicyConfig(path, lora=LoRA(r=4, alpha=8) if lora else None))
+
+
 def policy(tiny_model, *, lora=True, trained=1.0, seed=0):
     """The tiny model; an adapter that changes what it says, or other weights, if trained."""
-    model = load_model(PolicyConfig(str(tiny_model), lora=LoRA(r=4, alpha=8) if lora else None))
+    model = deepcopy(loaded(str(tiny_model), lora))
     train(model, trained, seed)
     return model
 
@@ -211,7 +231,7 @@ def train(model, size, seed=0):
                 parameter.add_(size * noise * (1.0 if "lora" in name else 0.2))
 
 
-def requests(count=8):
+def requests(count=5):
     prompts = [list(range(20, 24)) if i % 3 == 0 else list(range(30, 33 + i)) for i in range(count)]
     return [
         Request(f"{i}/good", prompt, seed=i, max_new_tokens=None if i else 3)
@@ -300,24 +320,34 @@ def change(**fields):
         503,
         "drop",
         "cut",
-        "late",
         lambda answer: "not JSON",
         lambda answer: {"choices": []},
         change(token_ids=[]),
         change(finish_reason="abort"),
     ],
-    ids=["429", "500", "503", "drop", "cut", "late", "text", "no choice", "empty", "abort"],
+    ids=["429", "500", "503", "drop", "cut", "text", "no choice", "empty", "abort"],
 )
 def test_what_passes_is_tried_again_and_what_stays_ends_in_one_line(server, tiny_model, spoilt):
     model = policy(tiny_model, trained=0.0)
-    engine = handed(sampler(server, timeout=0.5), model)
+    engine = handed(sampler(server), model)
     server.spoil = lambda body, attempt: spoilt if attempt == 0 else None
-    assert engine.sample(model, requests(4), stop_ids=STOP) == in_process(model)[:4]
+    assert engine.sample(model, requests(2), stop_ids=STOP) == in_process(model)[:2]
     server.spoil = lambda body, attempt: spoilt
     with pytest.raises(InputError, match="finished shards are kept") as caught:
         engine.sample(model, requests(1), stop_ids=STOP)
     assert server.url in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_keeps_silent_is_asked_again(server, tiny_model):
+    model = policy(tiny_model, trained=0.0)
+    engine = handed(sampler(server, timeout=1.0), model)
+    server.spoil = lambda body, attempt: "late" if attempt == 0 else None
+    assert engine.sample(model, requests(1), stop_ids=STOP) == in_process(model)[:1]
+    server.spoil = lambda body, attempt: "late"
+    engine.server.max_retries = 0
+    with pytest.raises(InputError, match="timed out"):
+        engine.sample(model, requests(1), stop_ids=STOP)
 
 
 def shorten(answer):
@@ -336,7 +366,7 @@ def shorten(answer):
         (change(prompt_token_ids=[30, 31]), "another prompt was answered than was sent"),
         (change(token_ids=[7, 3, 8], finish_reason="stop"), "goes on after a stop token"),
         (change(token_ids=[7, 8], finish_reason="stop"), "ended at token 8, which is none of"),
-        (shorten, "was cut at 2 of 12 tokens .*--max-model-len"),
+        (shorten, "was cut at 2 of 8 tokens .*--max-model-len"),
         (400, "status 400 .*; mend that and start again"),
         (404, "status 404"),
     ],
@@ -373,7 +403,7 @@ def test_prompts_that_cannot_be_answered_are_not_sent(server, tiny_model):
 
 def test_every_set_is_sampled_from_the_adapter_as_it_is_then(server, tiny_model, tmp_path):
     model = policy(tiny_model)
-    engine = handed(sampler(server, tmp_path), model)
+    engine = handed(sampler(server, tmp_path, **PROVED), model)
     first = engine._name
     before = engine.sample(model, requests(), stop_ids=STOP)
     count = len(server.log)
@@ -397,7 +427,7 @@ def test_an_adapters_scale_is_part_of_its_name(server, tiny_model, tmp_path):
     names = []
     for alpha in (8, 16):
         model = load_model(PolicyConfig(str(tiny_model), lora=LoRA(r=4, alpha=alpha)))
-        names.append(handed(sampler(server, tmp_path), model)._name)
+        names.append(handed(sampler(server, tmp_path, **PROVED), model)._name)
     assert len({*names}) == 2
 
 
@@ -405,7 +435,7 @@ def test_the_adapter_that_is_active_writes(server, tiny_model, tmp_path):
     model = policy(tiny_model)
     add_generator(model)
     train(model, 0.5, seed=3)  # both, differently
-    engine = sampler(server, tmp_path)
+    engine = sampler(server, tmp_path, **PROVED)
     said = {}
     for adapter in ("default", GENERATOR):
         activate(model, adapter)
@@ -417,7 +447,7 @@ def test_the_adapter_that_is_active_writes(server, tiny_model, tmp_path):
 def test_an_answer_to_loading_that_was_lost_does_no_harm(server, tiny_model, tmp_path):
     server.spoil = lambda body, attempt: "drop" if "lora_name" in body else None
     model = policy(tiny_model)
-    engine = handed(sampler(server, tmp_path), model)
+    engine = handed(sampler(server, tmp_path, **PROVED), model)
     assert engine.sample(model, requests(), stop_ids=STOP) == in_process(model)
 
 
@@ -467,12 +497,13 @@ urllib.request.urlopen(urllib.request.Request(url + "/reload", body)).read()
 """
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "merged"])
-@pytest.mark.parametrize("name", ["base", "{name}"])
+@pytest.mark.parametrize(
+    ("lora", "name"), [(False, "{name}"), (True, "base")], ids=["full, named", "merged, in place"]
+)
 def test_all_weights_are_reloaded_by_the_users_command(server, tiny_model, tmp_path, name, lora):
     model = policy(tiny_model, lora=lora, trained=0.0)
     command = [sys.executable, "-c", RELOAD, server.url, "{folder}", name]
-    engine = sampler(server, tmp_path, reload=command)
+    engine = sampler(server, tmp_path, reload=command, **PROVED)
     for seed in range(2):
         train(model, 0.3, seed)
         samples = handed(engine, model).sample(model, requests(), stop_ids=STOP)
@@ -493,7 +524,7 @@ def test_all_weights_are_reloaded_by_the_users_command(server, tiny_model, tmp_p
     ],
 )
 def test_a_reload_that_fails_ends_the_run(server, tiny_model, tmp_path, command, message):
-    engine = sampler(server, tmp_path, reload=command, wait=0.3)
+    engine = sampler(server, tmp_path, reload=command, wait=0.3, **PROVED)
     model = policy(tiny_model, lora=False)
     with pytest.raises(InputError, match=message):
         engine.hand_over(model, ALONE)
@@ -503,7 +534,7 @@ def test_a_reload_that_fails_ends_the_run(server, tiny_model, tmp_path, command,
 
 def test_full_weights_need_a_command(server, tiny_model, tmp_path):
     with pytest.raises(InputError, match="the command that makes the server load them"):
-        sampler(server, tmp_path).hand_over(policy(tiny_model, lora=False), ALONE)
+        sampler(server, tmp_path, **PROVED).hand_over(policy(tiny_model, lora=False), ALONE)
 
 
 # ----------------------------------------------------------------------------------------- probe
@@ -515,7 +546,7 @@ def test_another_model_behind_the_address_is_found_out(server, tiny_model, tmp_p
     server.models["base"] = load_base(tmp_path / "other"), "other"
     model = policy(tiny_model, trained=0.0)
     with pytest.raises(InputError, match=r"does not have the policy's weights: .* nats per token"):
-        sampler(server).hand_over(model, ALONE)
+        sampler(server, max_gap=0.2).hand_over(model, ALONE)
     handed(sampler(server, max_gap=100.0), model)
     count = len(server.calls("/completions"))
     handed(sampler(server, max_gap=None), model)
@@ -533,14 +564,14 @@ def test_the_gap_is_the_mean_of_the_differences(server, tiny_model, caplog):
     caplog.set_level("INFO", "sso_lightning")
     server.spoil = lambda body, attempt: shift
     model = policy(tiny_model, trained=0.0).train()
-    handed(sampler(server), model)
+    handed(sampler(server, max_gap=0.2), model)
     assert "log-probs differ by 0.002 nats per token" in caplog.text
     assert model.training
     with pytest.raises(InputError, match=r"0.002 nats .*max_gap: 0.001"):
         sampler(server, max_gap=0.001).hand_over(model, ALONE)
     server.spoil = lambda body, attempt: change(logprobs=None)
     with pytest.raises(InputError, match="reports no log-probabilities"):
-        sampler(server).hand_over(model, ALONE)
+        sampler(server, max_gap=0.2).hand_over(model, ALONE)
 
 
 def test_a_server_that_mixes_up_its_adapters_is_found_out(server, tiny_model, tmp_path):
@@ -616,6 +647,208 @@ def test_a_sampler_comes_from_yaml_and_its_help_can_be_read(capsys):
     assert "Address up to and with `/v1`" in out
 
 
+# --------------------------------------------------------------------- vLLM, or rather its stand-in
+
+
+@dataclass
+class SamplingParams:
+    """The fields that are used of vLLM's; another name is an error here as there."""
+
+    seed: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_token_ids: list
+    ignore_eos: bool
+    detokenize: bool
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """See vllm/lora/request.py."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+class FakeLLM:
+    """Does what the documentation says of `vllm.LLM`, with transformers, and notes the calls.
+
+    It keeps an adapter that was loaded under a number, whatever lies in the folder later.
+    """
+
+    made = None
+
+    def __init__(
+        self,
+        model,
+        *,
+        dtype,
+        generation_config,
+        skip_tokenizer_init,
+        enable_sleep_mode,
+        enable_lora=False,
+        max_lora_rank=16,
+        gpu_memory_utilization=0.9,
+    ):
+        self.arguments = {k: v for k, v in locals().items() if k not in ("self", "model")}
+        if FakeLLM.made is not None:
+            raise RuntimeError("two engines")
+        FakeLLM.made = self
+        self.path, self.base, self.adapters = model, load_base(model), {}
+        self.awake, self.calls = {"weights", "kv_cache"}, []
+
+    def sleep(self, level):
+        assert self.arguments["enable_sleep_mode"]
+        assert level == 1  # the weights go to the host's memory
+        self.awake = set()
+        self.calls.append("sleep")
+
+    def wake_up(self, tags):
+        self.awake |= {*tags}
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method, *, kwargs):
+        assert method == "reload_weights"
+        assert "weights" in self.awake
+        self.base = load_base(kwargs["weights_path"])
+        self.calls.append("reload")
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+        return True
+
+    def generate(self, prompts, sampling_params, *, use_tqdm, lora_request):
+        assert self.awake == {"weights", "kv_cache"}
+        assert use_tqdm is False
+        model = self.base
+        if lora_request is not None:
+            number = lora_request.lora_int_id
+            if number not in self.adapters:
+                adapted = PeftModel.from_pretrained(load_base(self.path), lora_request.lora_path)
+                self.adapters[number] = adapted.eval()
+            model = self.adapters[number]
+        self.calls.append("generate")
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [self.one(model, prompt["prompt_token_ids"], params) for prompt, params in pairs]
+
+    def one(self, model, prompt, params):
+        assert (params.ignore_eos, params.detokenize) == (True, False)
+        drawn = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+        greedy = params.temperature == 0
+        engine = TransformersSampler(params.max_tokens, **drawn)
+        request = Request("", prompt, params.seed)
+        (sample,) = engine.sample(model, [request], stop_ids=params.stop_token_ids)
+        logps = None
+        if params.logprobs == 0:
+            ids = torch.tensor([prompt + sample.ids])
+            with torch.no_grad():
+                table = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logps = [
+                {token: SimpleNamespace(logprob=row[token].item(), rank=1)}
+                for token, row in zip(sample.ids, table, strict=True)
+            ]
+        assert greedy or logps
+        made = SimpleNamespace(
+            token_ids=tuple(sample.ids), finish_reason=sample.finish, logprobs=logps
+        )
+        return SimpleNamespace(prompt_token_ids=prompt, outputs=[made])
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A stand-in for the module; its `LLM.made` is the engine."""
+    main, lora, request = (ModuleType(n) for n in ("vllm", "vllm.lora", "vllm.lora.request"))
+    main.__spec__ = ModuleSpec("vllm", None)
+    main.LLM, main.SamplingParams, main.TokensPrompt = FakeLLM, SamplingParams, dict
+    request.LoRARequest = LoRARequest
+    for module in (main, lora, request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(FakeLLM, "made", None)
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    return main
+
+
+def offline(tmp_path, **settings):
+    return VLLMSampler(str(tmp_path / "v"), LIMIT, temperature=0.0, **{**PROVED, **settings})
+
+
+def test_vllm_gets_a_fresh_number_for_every_adapter(vllm, tiny_model, tmp_path):
+    model = policy(tiny_model)
+    engine = offline(tmp_path, options={"gpu_memory_utilization": 0.5})
+    for seed in range(2):
+        train(model, 1.0, seed)
+        handed(engine, model)
+        assert engine.sample(model, requests(), stop_ids=STOP) == in_process(model)
+        engine.hand_over(model, ALONE)  # nothing moved
+    made = vllm.LLM.made
+    assert made.path == str(tiny_model)
+    assert made.arguments == {
+        "dtype": "float32",
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "enable_sleep_mode": True,
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "gpu_memory_utilization": 0.5,
+    }
+    assert [*made.adapters] == [1, 2]
+    turn = ["wake weights", "wake kv_cache", "generate", "sleep"]
+    assert made.calls == ["generate", "sleep", *turn, *turn, *turn]
+
+
+def test_vllm_takes_all_weights_in_its_sleep(vllm, tiny_model, tmp_path):
+    model = policy(tiny_model, lora=False, trained=0.0)
+    engine = offline(tmp_path)
+    for seed in range(2):
+        train(model, 0.3, seed)
+        samples = handed(engine, model).sample(model, requests(), stop_ids=STOP)
+        assert samples == in_process(model)
+    made = vllm.LLM.made
+    assert "enable_lora" not in {k for k, v in made.arguments.items() if v}
+    assert made.path == str(tmp_path / "v" / "weights")
+    turn = ["wake weights", "wake kv_cache", "generate", "sleep"]
+    update = ["wake weights", "reload", "wake kv_cache", "reset", "generate", "sleep"]
+    assert made.calls == ["generate", "sleep", *turn, *update, *turn]
+
+
+def test_vllm_stays_awake_if_told_and_reports_nothing_home(vllm, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "")  # restored afterwards
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS")
+    model = policy(tiny_model)
+    handed(offline(tmp_path, sleep=False), model)
+    assert vllm.LLM.made.calls == ["generate"]
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_vllm_with_other_weights_is_found_out(vllm, tiny_model, tmp_path):
+    model = policy(tiny_model)
+    engine = offline(tmp_path)
+    handed(engine, model)
+    engine._loads -= 1  # a number that is used twice means the first adapter
+    train(model, 1.0, seed=5)
+    with pytest.raises(InputError, match="vLLM: does not have the policy's weights"):
+        engine.hand_over(model, ALONE)
+    with pytest.raises(InputError, match="was handed no policy"):
+        engine.sample(model, requests(1), stop_ids=STOP)
+
+
+def test_vllm_says_what_it_cannot_do(vllm, tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="serves runs of one process; use ServerSampler"):
+        offline(tmp_path).hand_over(policy(tiny_model), Processes(0, 2))
+    model = load_model(PolicyConfig(str(tiny_model), lora=LoRA(r=513)))
+    with pytest.raises(InputError, match="ranks up to 512, not 513"):
+        offline(tmp_path).hand_over(model, ALONE)
+    with pytest.raises(InputError, match="folder must be given"):
+        VLLMSampler("")
+    monkeypatch.delitem(sys.modules, "vllm")
+    with pytest.raises(InputError, match=r"pip install 'sso-lightning\[vllm\]'"):
+        offline(tmp_path)
+
+
 # ----------------------------------------------------------------------------------- a whole run
 
 
@@ -630,8 +863,12 @@ def fit(sso, tmp_path, tiny_model, name, engine):
             },
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
         },
-        "data": {"queries": "q.jsonl", "val_queries": "q.jsonl", "batch_size": 2},
-        "pairs": {"sampler": engine, "shard_size": 3},
+        "data": {"queries": "q.jsonl", "batch_size": 2},
+        "pairs": {
+            "sampler": engine,
+            "principles": {"class_path": "PredefinedPrinciples", "init_args": {"pick": "random"}},
+            "shard_size": 2,
+        },
     }
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     status, _, err = sso("fit", "--config", f"{name}.yaml")
@@ -644,14 +881,15 @@ def test_two_iterations_are_those_of_the_built_in_sampler(
     server, tiny_model, tmp_path, sso, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    rows = [{"id": f"q{i}", "prompt": f"Name {i} birds."} for i in range(5)]
+    rows = [{"id": f"q{i}", "prompt": f"Name {i} birds."} for i in range(3)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn = {"max_new_tokens": 8, "temperature": 0.0}
+    drawn = {"max_new_tokens": 5, "temperature": 0.0}
     engine = {
         "class_path": "sso_lightning.engines.ServerSampler",
         "init_args": {
             "server": {"base_url": server.url, "model": "base"},
             "folder": "engine",
+            **PROVED,
             **drawn,
         },
     }
