@@ -1,5 +1,5 @@
 "use strict";
-// Drives the page: charts, the browser of pairs, the theme. Texts of records become text nodes only.
+// Drives the page: the browser of pairs and the theme. Texts of records become text nodes only.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
@@ -46,7 +46,6 @@
 
   // ---------------------------------------------------------------------------------- theme
 
-  const media = matchMedia("(prefers-color-scheme: dark)");
   const THEMES = ["system", "light", "dark"];
   let theme = "system";
   try {
@@ -61,242 +60,9 @@
     try {
       localStorage.setItem("sso-report-theme", theme);
     } catch { /* as above */ }
-    recolour();
-  }
-
-  // --------------------------------------------------------------------------------- charts
-
-  // Okabe and Ito's colours, which colour-blind eyes can tell apart, and a dash for each run
-  const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f"];
-  const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-  const waiting = new Map();
-  const drawn = new Set();
-  const watch = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) draw(entry.target);
-  }, { rootMargin: "200px" });
-
-  // Plotly takes a second or more to start, so it is unpacked when the first chart comes into view.
-  let library = null;
-  async function unpack() {
-    const packed = Uint8Array.from(atob(at("plotly").textContent.trim()), (c) => c.charCodeAt(0));
-    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const code = await new Response(stream).text();
-    document.body.append(make("script", {}, code));
-  }
-
-  function colours() {
-    const style = getComputedStyle(document.documentElement);
-    const of = (name) => style.getPropertyValue(name).trim();
-    return {
-      "font.color": of("--fg"),
-      "xaxis.gridcolor": of("--grid"), "yaxis.gridcolor": of("--grid"),
-      "xaxis.zerolinecolor": of("--line"), "yaxis.zerolinecolor": of("--line"),
-      "xaxis.linecolor": of("--line"), "yaxis.linecolor": of("--line"),
-      "hoverlabel.bgcolor": of("--card"), "hoverlabel.bordercolor": of("--line"),
-      "hoverlabel.font.color": of("--fg"),
-    };
-  }
-
-  function recolour() {
-    const now = colours();
-    for (const node of drawn) Plotly.relayout(node, now);
-  }
-
-  function chart(node, title, traces, options = {}) {
-    waiting.set(node, { title, traces, options });
-    node.setAttribute("role", "img");
-    node.setAttribute("aria-label", `${title}; the numbers are in the tables of this section`);
-    if (drawn.has(node)) draw(node);
-    else watch.observe(node);
-  }
-
-  async function draw(node) {
-    library = library || unpack();
-    try {
-      await library;
-    } catch (error) {
-      waiting.delete(node);
-      watch.unobserve(node);
-      node.textContent = `This browser cannot draw the chart (${error.message}); its numbers are in the tables.`;
-      return;
-    }
-    const wanted = waiting.get(node);
-    if (!wanted) return;
-    waiting.delete(node);
-    watch.unobserve(node);
-    const { title, traces, options } = wanted;
-    const now = colours();
-    const axis = (name, more) => ({
-      gridcolor: now[`${name}.gridcolor`], zerolinecolor: now[`${name}.zerolinecolor`],
-      linecolor: now[`${name}.linecolor`], automargin: true, ...more,
-    });
-    const layout = {
-      title: { text: options.x ? `${title} <span style="font-size:11px">by ${options.x}</span>` : title, font: { size: 14 }, x: 0.01, y: 0.97 },
-      margin: { l: 8, r: 8, t: 40, b: 8 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: now["font.color"], size: 12, family: getComputedStyle(document.body).fontFamily },
-      xaxis: axis("xaxis", { type: options.xtype || "-", dtick: options.dtick }),
-      yaxis: axis("yaxis", { title: { text: options.y || "" }, rangemode: options.rangemode || "normal" }),
-      legend: options.bars ? { font: { size: 11 }, x: 1.02, y: 1 } : { orientation: "h", y: -0.14, yanchor: "top", x: 0, font: { size: 11 } },
-      hoverlabel: { bgcolor: now["hoverlabel.bgcolor"], bordercolor: now["hoverlabel.bordercolor"], font: { color: now["hoverlabel.font.color"] } },
-      hovermode: "x unified", barmode: "stack", showlegend: traces.length > 1,
-    };
-    // names of runs, features and reasons are texts of a file: Plotly reads some markup in them
-    const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-    const safe = traces.map((trace) => ({ ...trace, name: plain(trace.name) }));
-    Plotly.react(node, safe, layout, { responsive: true, displaylogo: false, displayModeBar: false });
-    drawn.add(node);
-  }
-
-  function figure(place, kind = "") {
-    const node = make("div", { class: `chart ${kind}` });
-    place.append(make("figure", {}, node));
-    return node;
   }
 
   const label = (run, name) => (several ? `${run.name}: ${name}` : name);
-  const kindsOf = (run) => [...new Set(run.sets.map((set) => set.kind))];
-
-  function setLines(names) {
-    const traces = [];
-    data.runs.forEach((run, r) => {
-      kindsOf(run).forEach((kind) => {
-        const sets = run.sets.filter((set) => set.kind === kind);
-        names.forEach(([key, title], n) => {
-          const known = sets.filter((set) => set.numbers[key] !== undefined);
-          if (!known.length) return;
-          const suffix = kind === "iteration" ? "" : ` (${kind})`;
-          traces.push({
-            type: "scatter", mode: "lines+markers", name: label(run, title + suffix),
-            x: known.map((set) => (kind === "other" ? set.name : set.number)),
-            y: known.map((set) => set.numbers[key]),
-            line: { color: COLOURS[(names.length > 1 ? n : r) % COLOURS.length], dash: DASHES[(kind === "generator" ? r + 2 : r) % DASHES.length] },
-          });
-        });
-      });
-    });
-    return traces;
-  }
-
-  function shares(counts) {
-    const total = Object.values(counts).reduce((sum, value) => sum + value, 0);
-    return (key) => (total ? (counts[key] || 0) / total : 0);
-  }
-
-  function setBars(what) {
-    const traces = [];
-    const keys = new Set(data.runs.flatMap((run) => run.sets.flatMap((set) => Object.keys(set[what]))));
-    [...keys].forEach((key, k) => {
-      const x = [];
-      const y = [];
-      for (const run of data.runs) {
-        for (const set of run.sets) {
-          x.push(label(run, set.kind === "iteration" ? String(set.number) : set.name));
-          y.push(what === "features" ? shares(set[what])(key) : set[what][key] || 0);
-        }
-      }
-      traces.push({ type: "bar", name: key.replaceAll("_", " "), x, y, marker: { color: COLOURS[k % COLOURS.length], pattern: { shape: k >= COLOURS.length ? "/" : "" } } });
-    });
-    return traces;
-  }
-
-  function setCharts() {
-    const place = at("set-charts");
-    const longest = Math.max(0, ...data.runs.flatMap((run) => run.sets.map((set) => set.number)));
-    const lines = [
-      ["Signal accuracy", [["signal", "these pairs"], ["held_out_signal", "held-out queries"]], { y: "share" }],
-      ["On-policyness", [["on_policy_good", "y+"], ["on_policy_bad", "y-"], ["on_policy_original", "yo"]], { y: "probability per token" }],
-      ["Gap and contrasts", [["gap_logp", "gap y+ to y-"], ["contrast_good", "contrast of y+"], ["contrast_bad", "contrast of y-"]], { y: "nats per token" }],
-      ["Length", [["length_good", "y+"], ["length_bad", "y-"], ["length_original", "yo"]], { y: "tokens", rangemode: "tozero" }],
-      ["Weight W", [["weight", "mean"]], { y: "W" }],
-      ["Fallbacks", [["principle_fallback_rate", "did not parse"], ["principle_failed_rate", "no answer"], ["feature_fill_rate", "features filled up"]], { y: "share", rangemode: "tozero" }],
-    ];
-    for (const [title, names, options] of lines) {
-      const traces = setLines(names);
-      if (traces.length) chart(figure(place), title, traces, { x: "iteration", dtick: longest <= 12 ? 1 : undefined, ...options });
-    }
-    const features = setBars("features");
-    if (features.length) chart(figure(place, "tall"), "Feature mix", features, { x: "iteration", bars: true, y: "share of mentions", xtype: "category" });
-    const dropped = setBars("dropped");
-    if (dropped.length) chart(figure(place, "tall"), "Dropped queries by reason", dropped, { x: "iteration", bars: true, y: "queries", xtype: "category" });
-  }
-
-  function histogramCharts() {
-    const names = [...new Set(data.runs.flatMap((run) => run.sets.flatMap((set) => Object.keys(set.histograms))))];
-    const order = Object.keys(data.numbers);
-    names.sort((a, b) => order.indexOf(a) - order.indexOf(b));
-    for (const name of names) at("histogram").append(make("option", { value: name }, data.numbers[name].replace(", mean", "")));
-    data.runs.forEach((run, r) => at("histogram-run").append(make("option", { value: String(r) }, run.name)));
-    at("histogram").value = names.includes("weight") ? "weight" : names.includes("on_policy_bad") ? "on_policy_bad" : names[0];
-    const show = () => {
-      const name = at("histogram").value;
-      const run = data.runs[Number(at("histogram-run").value)];
-      if (!name) return;
-      const log = name.startsWith("length_");
-      const traces = run.sets.filter((set) => set.histograms[name]).map((set, s) => {
-        const counts = set.histograms[name];
-        const total = counts.reduce((sum, value) => sum + value, 0);
-        const [low, high] = log ? [0, 1] : data.bins[name];
-        return {
-          type: "scatter", mode: "lines", name: set.name,
-          x: counts.map((_, i) => (log ? 2 ** i : low + ((i + 0.5) * (high - low)) / counts.length)),
-          y: counts.map((count) => count / total),
-          line: { shape: "hvh", color: COLOURS[s % COLOURS.length], dash: DASHES[Math.floor(s / COLOURS.length) % DASHES.length] },
-        };
-      });
-      at("histogram-note").textContent = traces.length
-        ? "Share of all records of each set by value; the outer bins hold what lies beyond."
-        : `Not known in ${run.name}${name === "weight" && run.weight_note ? `: W is ${run.weight_note}` : ""}.`;
-      chart(at("histogram-chart"), data.numbers[name].replace(", mean", ""), traces, { y: "share of records", xtype: log ? "log" : "linear", rangemode: "tozero" });
-    };
-    at("histogram").onchange = show;
-    at("histogram-run").onchange = show;
-    show();
-  }
-
-  function curveTraces(columns) {
-    const traces = [];
-    data.runs.forEach((run, r) => {
-      columns.forEach((column, c) => {
-        const points = run.curves[column];
-        if (!points) return;
-        traces.push({
-          type: "scatter", mode: points[0].length < 30 ? "lines+markers" : "lines", name: label(run, column), x: points[0], y: points[1],
-          line: { color: COLOURS[(columns.length > 1 ? c : r) % COLOURS.length], dash: DASHES[r % DASHES.length], width: 1.5 },
-        });
-      });
-    });
-    return traces;
-  }
-
-  function curveCharts() {
-    const panels = [
-      ["Loss", ["train/loss", "val/loss", "generator/loss"]],
-      ["Reward accuracy", ["train/reward_accuracy_query", "val/reward_accuracy"]],
-      ["Reward margin", ["train/reward_margin_query", "val/reward_margin"]],
-      ["Weight W in training", ["train/weight_mean", "train/weight_min", "train/weight_max"]],
-      ["Gradient norm", ["train/grad_norm"]],
-      ["Sandbox, held-out queries", ["sandbox/quality", "sandbox/signal_accuracy", "sandbox/gap"]],
-    ];
-    const used = new Set();
-    for (const [title, columns] of panels) {
-      const traces = curveTraces(columns);
-      if (traces.length) chart(figure(at("curve-charts")), title, traces, { x: "optimizer step" });
-      columns.forEach((column) => used.add(column));
-    }
-    const all = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves)))].sort();
-    for (const name of all) at("curve").append(make("option", { value: name }, name));
-    const first = all.find((name) => name.startsWith("train/") && !used.has(name)) || all[0];
-    if (!first) {
-      at("curve-charts").append(make("p", {}, "Not known: there are no metrics."));
-      at("curve").closest(".chart-controls").hidden = true;
-      at("curve-chart").closest(".charts").hidden = true;
-      return;
-    }
-    at("curve").value = first;
-    const show = () => chart(at("curve-chart"), at("curve").value, curveTraces([at("curve").value]), { x: "optimizer step" });
-    at("curve").onchange = show;
-    show();
-  }
 
   // ------------------------------------------------------------------------- browser of pairs
 
@@ -382,7 +148,7 @@
   function row(record) {
     const set = data.runs[record.r].sets[record.s];
     const asked = record.fold.includes("query") ? "(folded)" : shown(record.q[record.q.length - 1][1].slice(0, 240));
-    const meta = make("span", { class: "meta" }, make("bdi", {}, shown(record.id)), ` · ${label(data.runs[record.r], set.name)}`, record.f.length ? " · " : "", shown(record.f.join(", ")));
+    const meta = make("span", { class: "meta" }, make("bdi", {}, shown(record.id)), ` · ${label(data.runs[record.r], set.name)}`, record.f.length ? " · " : "", shown(record.f.join(", ")), record.g.length ? " · " : "");
     for (const flag of record.g) meta.append(make("span", { class: "flag" }, data.flags[flag]));
     const button = make("button", { type: "button" }, meta, make("span", { class: "clip asked", dir: "auto" }, asked));
     NAMES.forEach((name, i) => {
@@ -537,7 +303,6 @@
   at("search").oninput = () => { clearTimeout(timer); timer = setTimeout(filter, 120); };
   for (const id of ["f-run", "f-set", "f-feature", "f-flag", "sort"]) at(id).onchange = filter;
   at("theme").onclick = () => setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
-  media.addEventListener("change", recolour);
   addEventListener("keydown", (event) => {
     const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
     if (at("pair").open && !typing) {
@@ -552,9 +317,6 @@
   fillFilters();
   filter();
   setTheme(theme);
-  setCharts();
-  histogramCharts();
-  curveCharts();
   follow();
   document.documentElement.dataset.ready = "true";
 })();

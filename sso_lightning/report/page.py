@@ -1,63 +1,39 @@
 """Runs as one HTML file that needs nothing else: no network, no server, no other file.
 
-The tables and alarms are plain HTML, made here; `page.js` draws the charts with Plotly and drives
-the browser of pairs from the data inside the page. Texts of records reach the page as JSON whose
+The tables, alarms and charts are plain HTML, made here; `page.js` drives the browser of pairs from
+the data inside the page. Texts of records reach the page as JSON whose
 markup is escaped, and the script puts them there as text. A content security policy allows the
-page's own scripts by their hashes and nothing else, so nothing of a record can run or load.
+page's own script by its hash and nothing else, so nothing of a record can run or load.
 """
 
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
-from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 from sso_lightning.records import RESPONSES
 from sso_lightning.report.facts import FLAGS, findings, folded
+from sso_lightning.report.figures import (
+    NUMBERS,
+    curve_charts,
+    distributions,
+    drift_of,
+    numbers_of,
+    set_charts,
+)
 from sso_lightning.report.health import RULES, Bounds, Reading, readings
-from sso_lightning.report.read import HISTOGRAMS, Example, PairSet, Run
+from sso_lightning.report.read import Example, PairSet, Run
 from sso_lightning.version import __version__
 
-RECORD_BYTES = 3_000_000
-"""What the records shown may take of the page; the charts' library takes half of ten million."""
+RECORD_BYTES = 6_000_000
+"""What the records shown may take of the page, which is to stay under ten million."""
 TEXT_LIMITS = (20_000, 6_000, 2_000, 600)
 """Characters of a text that are shown: the first limit under which the alarms' records fit."""
-CURVE_POINTS = 100_000
 TOKEN_LIMIT = 1500
-
-NUMBERS = {
-    "signal": "signal accuracy of these pairs (exact)",
-    "held_out_signal": "signal accuracy on held-out queries of the policy that wrote them",
-    "gap_logp": "gap avg(y+|x) - avg(y-|x), nats per token",
-    "on_policy_good": "on-policyness of y+",
-    "on_policy_bad": "on-policyness of y-",
-    "on_policy_original": "on-policyness of yo",
-    "logp_good": "avg(y+|x), nats per token",
-    "logp_bad": "avg(y-|x), nats per token",
-    "contrast_good": "avg(y+|x+) - avg(y+|x-), nats per token",
-    "contrast_bad": "avg(y-|x-) - avg(y-|x+), nats per token",
-    "weight": "weight W, mean",
-    "length_good": "length of y+, tokens",
-    "length_bad": "length of y-, tokens",
-    "length_original": "length of yo, tokens",
-    "truncated_good": "share of y+ cut at the limit",
-    "truncated_bad": "share of y- cut at the limit",
-    "truncated_original": "share of yo cut at the limit",
-    "leak_good": "share of y+ that show the principle",
-    "leak_bad": "share of y- that show the principle",
-    "duplicate_good": "share of y+ that repeat another record's",
-    "duplicate_bad": "share of y- that repeat another record's",
-    "repeating_good": "share of y+ that are loops (as the run reported)",
-    "repeating_bad": "share of y- that are loops (as the run reported)",
-    "principle_fallback_rate": "share of principles that fell back (did not parse)",
-    "principle_failed_rate": "share of principles that fell back (no answer)",
-    "feature_fill_rate": "share of features drawn because the policy named too few",
-}
 
 SUMMARY = {
     "model.policy.path": "model",
@@ -230,74 +206,7 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-# ------------------------------------------------------------------------------------------ numbers
-
-
-def _held_out(run: Run, pairs: PairSet) -> float | None:
-    """Signal accuracy on held-out queries of the writer of a set, just before it was trained on.
-
-    Aligned by optimizer step: the last measurement that is not later than the set's own row.
-    """
-    kind = "generator_" if pairs.kind == "generator" else ""
-    two_phases = any(each.kind == "generator" for each in run.sets)
-    writer = "generator_" if two_phases and pairs.kind == "iteration" else ""
-    rows = run.curves.get(f"{kind}pairs/kept", [])
-    same_kind = [each for each in run.sets if each.kind == pairs.kind]
-    if pairs.kind == "other" or len(rows) != len(same_kind):
-        return None
-    step = rows[same_kind.index(pairs)][0]
-    known = [v for at, v in run.curves.get(f"sandbox/{writer}signal_accuracy", []) if at <= step]
-    return known[-1] if known else None
-
-
-def numbers_of(run: Run, pairs: PairSet) -> dict[str, float]:
-    """The numbers of a set's column, by the names in `NUMBERS`; what is not known is absent."""
-    held_out = _held_out(run, pairs)
-    found = {k: v for k, v in pairs.reported.items() if k in NUMBERS} | pairs.means
-    if held_out is not None:
-        found["held_out_signal"] = held_out
-    return {name: found[name] for name in NUMBERS if name in found}
-
-
-def _distance(one: Mapping[Any, int], other: Mapping[Any, int]) -> float | None:
-    """Total variation distance of two counts, in [0, 1]."""
-    a, b = sum(one.values()), sum(other.values())
-    if not a or not b:
-        return None
-    keys = {*one, *other}
-    return sum(abs(one.get(k, 0) / a - other.get(k, 0) / b) for k in keys) / 2
-
-
-def drift_of(before: PairSet, after: PairSet) -> dict[str, float | None]:
-    """How far a set has moved from the one before it."""
-
-    def bins(pairs: PairSet, name: str) -> dict[int, int]:
-        return dict(enumerate(pairs.histograms.get(name, ())))
-
-    def change(name: str) -> float | None:
-        one, other = before.means.get(name), after.means.get(name)
-        return None if one is None or other is None else other - one
-
-    changes = {
-        **{f"on_policy_{r}": f"on-policyness of {s}" for r, s in _SIGNS.items()},
-        "gap_logp": "gap avg(y+|x) - avg(y-|x), nats per token",
-        **{f"length_{r}": f"length of {s}, tokens" for r, s in _SIGNS.items()},
-        "signal": "signal accuracy of the pairs",
-    }
-    moved = {}
-    for name, sign in _SIGNS.items():
-        lengths = [bins(pairs, f"length_{name}") for pairs in (before, after)]
-        moved[f"lengths of {sign}, distance"] = _distance(*lengths)
-    shared = len(before.ids & after.ids) / len(after.ids) if after.ids else None
-    return {
-        **{f"change of {label}": change(name) for name, label in changes.items()},
-        **moved,
-        "feature mix, distance": _distance(before.features, after.features),
-        "share of queries that the set before had too": shared,
-    }
-
-
-_SIGNS = {"good": "y+", "bad": "y-", "original": "yo"}
+# ------------------------------------------------------------------------------------------ tables
 
 
 def _drifts(run: Run) -> tuple[list[str], dict[str, list[float | None]]]:
@@ -351,14 +260,6 @@ def _verdict(run: Run, table: list[list[Reading]]) -> dict[str, Any]:
     }
 
 
-def _thin(points: list[tuple[int, float]], most: int) -> list[list[float]]:
-    step = -(-len(points) // most)
-    kept = points[:: max(step, 1)]
-    if points and kept[-1] != points[-1]:
-        kept = [*kept, points[-1]]
-    return [[at for at, _ in kept], [_short(value) for _, value in kept]]
-
-
 # --------------------------------------------------------------------------------------------- page
 
 
@@ -369,15 +270,6 @@ def _read(name: str) -> str:
 def _hash(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"'sha256-{digest}'"
-
-
-@lru_cache(maxsize=1)
-def _plotly() -> tuple[str, str]:
-    """The charts' library, packed to a third of its size, and the hash that lets it run."""
-    from plotly.offline import get_plotlyjs
-
-    code = get_plotlyjs()
-    return base64.b64encode(gzip.compress(code.encode(), mtime=0)).decode(), _hash(code)
 
 
 def render(runs: list[Run], bounds: Bounds, *, max_records: int, seed: int) -> str:
@@ -395,28 +287,20 @@ def render(runs: list[Run], bounds: Bounds, *, max_records: int, seed: int) -> s
     tables = [readings(run, bounds) for run in runs]
     fired = [reading for table in tables for row in table for reading in row if reading.fired]
     records = _Records(runs, fired, max_records)
-    curves = sum(len(run.curves) for run in runs)
     data = {
         "flags": FLAGS,
         "numbers": NUMBERS,
-        "bins": HISTOGRAMS,
         "strings": records.strings,
         "records": records.views,
         "runs": [
             {
                 "name": run.name,
-                "weight_note": run.weight_note,
-                "curves": {
-                    name: _thin(points, max(20, min(400, CURVE_POINTS // max(curves, 1))))
-                    for name, points in run.curves.items()
-                },
-                "sets": [_set_data(run, pairs) for pairs in run.sets],
+                "sets": [_set_data(pairs) for pairs in run.sets],
             }
             for run in runs
         ],
     }
     script = _read("page.js")
-    packed, plotly = _plotly()
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -444,6 +328,9 @@ def render(runs: list[Run], bounds: Bounds, *, max_records: int, seed: int) -> s
         shown=shown,
         rules=RULES,
         labels=NUMBERS,
+        set_charts=set_charts(runs),
+        distributions=distributions(runs),
+        curves=curve_charts(runs),
         differences=_differences(runs) if len(runs) > 1 else [],
         bounds=asdict(bounds),
         place=lambda r, s, example: records.at[r, s, example.record.id],
@@ -455,27 +342,17 @@ def render(runs: list[Run], bounds: Bounds, *, max_records: int, seed: int) -> s
         version=__version__,
         css=_read("page.css"),
         script=script,
-        packed=packed,
-        hashes=f"{_hash(script)} {plotly}",
+        hash=_hash(script),
         data=htmlsafe_json_dumps(data, ensure_ascii=False, separators=(",", ":")),
     )
 
 
-def _set_data(run: Run, pairs: PairSet) -> dict[str, Any]:
+def _set_data(pairs: PairSet) -> dict[str, Any]:
+    """What the filters of the page need of a set."""
     cells = [
         [list(features), list(flags), count] for (features, flags), count in pairs.cells.items()
     ]
-    return {
-        "name": pairs.name,
-        "kind": pairs.kind,
-        "number": pairs.number,
-        "records": pairs.records,
-        "numbers": {k: _short(v) for k, v in numbers_of(run, pairs).items()},
-        "histograms": pairs.histograms,
-        "features": dict(pairs.features.most_common()),
-        "dropped": pairs.dropped,
-        "cells": cells,
-    }
+    return {"name": pairs.name, "records": pairs.records, "cells": cells}
 
 
 def _by_rule(table: list[list[Reading]]) -> list[list[tuple[int, Reading]]]:
