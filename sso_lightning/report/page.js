@@ -298,8 +298,12 @@
     at("direction").setAttribute("aria-pressed", String(largest));
     filter();
   };
-  at("filters").addEventListener("submit", (event) => event.preventDefault());
   let timer = 0;
+  at("filters").addEventListener("submit", (event) => {
+    event.preventDefault();
+    clearTimeout(timer);
+    filter();
+  });
   at("search").oninput = () => { clearTimeout(timer); timer = setTimeout(filter, 120); };
   for (const id of ["f-run", "f-set", "f-feature", "f-flag", "sort"]) at(id).onchange = filter;
   at("theme").onclick = () => setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
