@@ -16,8 +16,9 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -42,8 +43,10 @@ T = TypeVar("T")
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as its `max_lora_rank`."""
 
+PROBE = range(32, 64)
+"""Token ids of the prompt, and as many tokens, by which an engine shows its weights."""
+
 _PREFIX = "sso-"
-_PROBE = Request("probe", list(range(32, 48)), seed=1, max_new_tokens=32)
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,32 @@ class CopyingSampler(DrawingSampler):
     max_gap: float | None
     _vocabulary = 0
 
-    def _probe(self, model: nn.Module, processes: Processes, answer: _Answer | None) -> None:
-        """Compare the engine's log-probs of its answer to `_PROBE` with the policy's own.
+    @abstractmethod
+    def _where(self) -> str:
+        """What the engine is called in messages."""
+
+    def _prove(
+        self, model: nn.Module, processes: Processes, ask: Callable[[Request], _Answer]
+    ) -> None:
+        """Compare the engine's log-probs of a short answer with the policy's own.
 
         Args:
             model: The policy.
             processes: All of which call this.
-            answer: Process 0's; the others have None.
+            ask: Gives the engine's answer, drawn at temperature 1; process 0 calls it.
 
         Raises:
             InputError: They are further apart than `max_gap`, or the engine reports none.
         """
+        if self.max_gap is None:
+            return
+        prompt = [token % self._vocabulary for token in PROBE]
+        answer = None
+        with processes.together():
+            if processes.first:
+                request = Request("probe", prompt, seed=1, max_new_tokens=len(PROBE))
+                answer = ask(request)
+                self._checked(request, answer, frozenset())
         answer = processes.gather(answer)[0]
         assert answer is not None
         if not answer.logps:
@@ -80,31 +98,17 @@ class CopyingSampler(DrawingSampler):
                 f"{self._where()}: reports no log-probabilities, so it cannot be checked that it "
                 "has the policy's weights; max_gap: null does without"
             )
-        tree = Tree(self._fitting(_PROBE).prompt, [answer.ids])
         with eval_mode(model), torch.no_grad(), uneven_calls(model):
-            (ours,) = token_logps(model, [tree])
+            (ours,) = token_logps(model, [Tree(prompt, [answer.ids])])
         theirs = torch.tensor(answer.logps, dtype=torch.float64)
         gap = float((ours.cpu().double() - theirs).abs().mean())
         log.info("%s: log-probs differ by %.2g nats per token", self._where(), gap)
-        if not gap <= (self.max_gap or 0):  # NaN is no proof either
+        if not gap <= self.max_gap:  # NaN is no proof either
             raise InputError(
                 f"{self._where()}: does not have the policy's weights: on a short answer its "
                 f"log-probabilities are {gap:.2g} nats per token from the policy's own (max_gap: "
                 f"{self.max_gap}); serve the model of policy.path, with policy.adapter merged"
             )
-
-    def _where(self) -> str:
-        """What the engine is called in messages."""
-        raise NotImplementedError
-
-    def _fitting(self, request: Request) -> Request:
-        """The probe with token ids that the policy has."""
-        return Request(
-            request.key,
-            [token % self._vocabulary for token in request.prompt],
-            request.seed,
-            request.max_new_tokens,
-        )
 
     def _checked(self, request: Request, answer: _Answer, stop_ids: frozenset[int]) -> Sample:
         """An answer as a sample.
@@ -211,27 +215,29 @@ class ServerSampler(CopyingSampler):
         """Let the server have the policy as it is now; see `Sampler.hand_over`."""
         names = fingerprint(model)
         self._vocabulary = _vocabulary(model)
+        written = _name_of(model, names, merged=self.reload is not None)
+        name = ""
         with processes.together():
-            has = processes.first and self._handed == names and self._name in self._served()
-        if processes.gather(has)[0]:
-            return
-        self._name = ""  # nothing is sampled should this fail
-        written = self._write(model, names, processes)
-        name, answer = "", None
+            if processes.first and self._handed == names and self._name in self._served():
+                name = self._name
+        name = processes.gather(name)[0]
+        self._name = ""  # nothing is sampled should what follows fail
+        if not name:
+            self._write(model, names, written, processes)
+            with processes.together():
+                if processes.first:
+                    name = self._deliver(model, written)
+            name = processes.gather(name)[0]
+        self._prove(model, processes, lambda request: self._ask_probe(name, request))
         with processes.together():
-            if processes.first:
-                name = self._deliver(model, written)
-                if self.max_gap is not None:
-                    answer = self._ask_probe(name)
-        if self.max_gap is not None:
-            self._probe(model, processes, answer)
-        with processes.together():
-            if processes.first and written:
+            if processes.first and self.folder is not None:
                 self._tidy(written)
-        self._name, self._handed = processes.gather(name)[0], names
+        self._name, self._handed = name, names
 
-    def _write(self, model: nn.Module, names: tuple[str, str], processes: Processes) -> str:
-        """Write the weights; return the name of their folder ("" if the server has them)."""
+    def _write(
+        self, model: nn.Module, names: tuple[str, str], written: str, processes: Processes
+    ) -> None:
+        """Write the weights into their folder, unless there is none and no need for one."""
         adapted = is_peft(model)
         if self.folder is None:
             if _adapts(model) if adapted else self._handed not in (None, names):
@@ -239,19 +245,17 @@ class ServerSampler(CopyingSampler):
                     f"{self._where()}: the policy has been trained, and the sampler has no way to "
                     "hand its weights over; set folder (see docs/engines.md)"
                 )
-            return ""
+            return
         if not adapted and self.reload is None:
             raise InputError(
                 f"{self._where()}: all weights are trained, not an adapter: give the sampler the "
                 "command that makes the server load them (reload, see docs/engines.md)"
             )
-        out = self.folder / _name_of(model, names, merged=self.reload is not None)
-        _save(model, out, processes, merge=self.reload is not None)
-        return out.name
+        _save(model, self.folder / written, processes, merge=self.reload is not None)
 
     def _deliver(self, model: nn.Module, written: str) -> str:
         """Make the server load what was written; return what it calls it."""
-        if not written:
+        if self.folder is None:
             self._wait_for(self.server.model, 0)
             return self.server.model
         path = self._seen(written)
@@ -280,7 +284,7 @@ class ServerSampler(CopyingSampler):
             if root == path:
                 return
             if root is not None:  # the same weights, from where another run may remove them
-                await self._post(client, "unload_lora_adapter", lora_name=name)
+                await self._unload(client, name)
             problem = "it is not among its models afterwards"
             try:
                 await self._post(client, "load_lora_adapter", lora_name=name, lora_path=path)
@@ -298,6 +302,12 @@ class ServerSampler(CopyingSampler):
         headers = self.server.headers() or {}
         await client.post(f"/{action}", body=body, cast_to=object, options={"headers": headers})
 
+    async def _unload(self, client: Any, name: str) -> None:
+        import openai
+
+        with suppress(openai.NotFoundError):  # if the first answer was lost
+            await self._post(client, "unload_lora_adapter", lora_name=name)
+
     def _tidy(self, written: str) -> None:
         """Unload and remove all older weights in our folder."""
         assert self.folder is not None
@@ -306,7 +316,7 @@ class ServerSampler(CopyingSampler):
             async with self.server.client() as client:
                 for name, root in (await self._list(client)).items():
                     if name != written and root == self._seen(name):
-                        await self._post(client, "unload_lora_adapter", lora_name=name)
+                        await self._unload(client, name)
 
         if self.reload is None:
             self._do(unload())
@@ -390,9 +400,8 @@ class ServerSampler(CopyingSampler):
         self._do(run())
         return [samples[at] for at in range(len(requests))]
 
-    def _ask_probe(self, name: str) -> _Answer:
-        request = self._fitting(_PROBE)
-        # no truncation, so that it does not matter whether log-probs are taken before or after
+    def _ask_probe(self, name: str, request: Request) -> _Answer:
+        # nothing is cut off, so it does not matter if log-probs are taken before or after that
         fields = {"temperature": 1.0, "top_p": 1.0, "logprobs": 1}
 
         async def ask() -> _Answer:
@@ -401,9 +410,7 @@ class ServerSampler(CopyingSampler):
                     client, name, request, frozenset(), {"top_k": -1}, **fields
                 )
 
-        answer = self._do(ask())
-        self._checked(request, answer, frozenset())
-        return answer
+        return self._do(ask())
 
     async def _complete(
         self,
@@ -562,13 +569,13 @@ class VLLMSampler(CopyingSampler):
         else:
             weights = out
         with self._awake(weights):
-            if self.max_gap is not None:
-                request = self._fitting(_PROBE)
-                params = self._params(request, [], temperature=1.0, top_p=1.0, top_k=0, logprobs=0)
-                (answer,) = self._generate([request], [params])
-                self._checked(request, answer, frozenset())
-                self._probe(model, processes, answer)
+            self._prove(model, processes, self._ask_probe)
         self._handed = names
+
+    def _ask_probe(self, request: Request) -> _Answer:
+        params = self._params(request, [], temperature=1.0, top_p=1.0, top_k=0, logprobs=0)
+        (answer,) = self._generate([request], [params])
+        return answer
 
     def _start(self, model: nn.Module, path: str) -> None:
         """Make the engine, once."""

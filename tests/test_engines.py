@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sso_lightning.endpoint import Server
-from sso_lightning.engines import ServerSampler, VLLMSampler
+from sso_lightning.engines import PROBE, ServerSampler, VLLMSampler
 from sso_lightning.errors import InputError
 from sso_lightning.policy import GENERATOR, LoRA, PolicyConfig, activate, add_generator, load_model
 from sso_lightning.processes import Processes
@@ -35,7 +35,6 @@ LIMIT = 8
 ALONE = Processes()
 PROVED = {"max_gap": 1e-3}
 """Copies in float32 differ by a thousandth of this."""
-PROBE = list(range(32, 48))
 
 
 class CompletionServer(ThreadingHTTPServer):
@@ -69,7 +68,7 @@ class CompletionServer(ThreadingHTTPServer):
 
     def asked(self):
         """Completions, the probe's left out."""
-        return [body for body in self.calls("/completions") if body["prompt"] != PROBE]
+        return [body for body in self.calls("/completions") if body["prompt"] != [*PROBE]]
 
     def answer(self, body):
         model, _ = self.models[body["model"]]
@@ -408,7 +407,8 @@ def test_every_set_is_sampled_from_the_adapter_as_it_is_then(server, tiny_model,
     before = engine.sample(model, requests(), stop_ids=STOP)
     count = len(server.log)
     engine.hand_over(model, ALONE)  # nothing moved
-    assert [path for path, _ in server.log[count:]] == ["/v1/models"]
+    paths = [path for path, _ in server.log[count:]]
+    assert paths == ["/v1/models", "/v1/completions", "/v1/models"]  # it is asked to prove it
 
     train(model, 1.0, seed=1)
     engine.hand_over(model, ALONE)
@@ -852,55 +852,114 @@ def test_vllm_says_what_it_cannot_do(vllm, tiny_model, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- a whole run
 
 
-def fit(sso, tmp_path, tiny_model, name, engine):
-    settings = {
-        "trainer": {"default_root_dir": name, "max_epochs": 2, "accelerator": "cpu"},
-        "model": {
-            "policy": {"path": str(tiny_model), "lora": {"r": 4, "alpha": 8}},
-            "objective": {
-                "class_path": "SelfSteering",
-                "init_args": {"base": {"class_path": "IPO", "init_args": {"beta": 5.0}}},
+@pytest.fixture
+def home(tmp_path, tiny_model, monkeypatch):
+    """A folder with queries; gives a function that writes YAML and returns its name."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"q{i}", "prompt": f"Name {i} birds{'!' * i}"} for i in range(5)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(name, engine, *, lora=True, **trainer):
+        settings = {
+            "trainer": {
+                "default_root_dir": name,
+                "max_epochs": 2,
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                **trainer,
             },
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
-        },
-        "data": {"queries": "q.jsonl", "batch_size": 2},
-        "pairs": {
-            "sampler": engine,
-            "principles": {"class_path": "PredefinedPrinciples", "init_args": {"pick": "random"}},
-            "shard_size": 2,
-        },
-    }
-    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    status, _, err = sso("fit", "--config", f"{name}.yaml")
-    assert status == 0, err
-    return [load_records(tmp_path / name / "pairs" / f"iteration-0{i}") for i in range(2)]
+            "model": {
+                "policy": {
+                    "path": str(tiny_model),
+                    **({"lora": {"r": 4, "alpha": 8}} if lora else {}),
+                },
+                "objective": {
+                    "class_path": "SelfSteering",
+                    "init_args": {"base": {"class_path": "IPO", "init_args": {"beta": 5.0}}},
+                },
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
+            },
+            "data": {"queries": "q.jsonl", "batch_size": 2},
+            "pairs": {
+                "sampler": engine,
+                "principles": {
+                    "class_path": "PredefinedPrinciples",
+                    "init_args": {"pick": "random"},
+                },
+                "shard_size": 2,
+            },
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        return f"{name}.yaml"
+
+    return write
+
+
+DRAWN = {"max_new_tokens": 6, "temperature": 0.0}
+
+
+def by_server(url, folder, **settings):
+    """The YAML of the sampler."""
+    reached = {"base_url": url, "model": "base", "max_retries": 1}
+    init = {"server": reached, "folder": folder, **PROVED, **DRAWN, **settings}
+    return {"class_path": "sso_lightning.engines.ServerSampler", "init_args": init}
+
+
+def pairs_of(run):
+    return [load_records(folder) for folder in sorted(Path(run).glob("pairs/iteration-0?"))]
 
 
 @pytest.mark.slow
-def test_two_iterations_are_those_of_the_built_in_sampler(
-    server, tiny_model, tmp_path, sso, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    rows = [{"id": f"q{i}", "prompt": f"Name {i} birds."} for i in range(3)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn = {"max_new_tokens": 5, "temperature": 0.0}
-    engine = {
-        "class_path": "sso_lightning.engines.ServerSampler",
-        "init_args": {
-            "server": {"base_url": server.url, "model": "base"},
-            "folder": "engine",
-            **PROVED,
-            **drawn,
-        },
-    }
-    ours = fit(
-        sso, tmp_path, tiny_model, "ours", {"class_path": "TransformersSampler", "init_args": drawn}
-    )
-    theirs = fit(sso, tmp_path, tiny_model, "theirs", engine)
-    for mine, other in zip(ours, theirs, strict=True):
+def test_two_iterations_are_those_of_the_built_in_sampler(server, home, sso):
+    built_in = {"class_path": "TransformersSampler", "init_args": DRAWN}
+    for name, engine in (("ours", built_in), ("theirs", by_server(server.url, "engine"))):
+        status, _, err = sso("fit", "--config", home(name, engine))
+        assert status == 0, err
+    theirs = pairs_of("theirs")
+    for mine, other in zip(pairs_of("ours"), theirs, strict=True):
+        assert mine
         assert [r.response_ids for r in mine] == [r.response_ids for r in other]
         assert [r.scores for r in mine] == [r.scores for r in other]
         assert {r.engine for r in other} == {"server"}
     assert len({body["lora_name"] for body in server.calls("/load_lora_adapter")}) == 2
     assert [r.response_ids for r in theirs[0]] != [r.response_ids for r in theirs[1]]
-    assert len(list((tmp_path / "engine").iterdir())) == 1
+    assert len(list(Path("engine").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_hand_over_once_and_ask_for_their_own_shards(server, home, forks, tmp_path):
+    strategy = {
+        "devices": 2,
+        "strategy": {"class_path": "sso_lightning.strategies.FSDP2Strategy"},
+    }
+    command = [sys.executable, "-c", RELOAD, server.url, "{folder}", "{name}"]
+    warm = {"temperature": 1.0}  # greedy answers of random weights are too much alike
+    configs = [
+        home("lora", by_server(server.url, "one", **warm), max_epochs=1, **strategy),
+        home("full", by_server(server.url, "two", reload=command, **warm), lora=False, **strategy),
+        home("lost", by_server("http://127.0.0.1:9/v1", "three"), **strategy),
+    ]
+    jobs = [{"argv": ["fit", "--config", c], "status": 2 * (c == "lost.yaml")} for c in configs]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    worker = Path(__file__).with_name("distributed_worker.py")
+    started = [
+        forks.start(worker, "jobs.json", cwd=tmp_path, **common, RANK=rank, LOCAL_RANK=rank)
+        for rank in range(2)
+    ]
+    for done in [process.wait(200) for process in started]:
+        assert done.returncode == 0, done.stderr[-4000:]
+    loads = [body["lora_name"] for body in server.calls("/load_lora_adapter")]
+    loads += [body["name"] for body in server.calls("/reload")]
+    assert len(loads) == len({*loads}) == 3
+    asked = {name: [] for name in loads}
+    for body in server.asked():
+        asked[body["model"]].append(body["prompt"])
+    for name, records in zip(loads, [*pairs_of("lora"), *pairs_of("full")], strict=True):
+        assert len(asked[name]) == 15  # once for each answer to five queries
+        assert records
+        assert all(prompt in asked[name] for r in records for prompt in r.prompt_ids.values())
