@@ -26,6 +26,7 @@ from sso_lightning.checkpoints import Checkpoints, RunState, newest_whole
 from sso_lightning.data import SSODataModule
 from sso_lightning.errors import InputError
 from sso_lightning.module import SSOModule
+from sso_lightning.reward import RewardDataModule, RewardModule
 from sso_lightning.runs import (
     RunLogger,
     SaveConfig,
@@ -36,12 +37,16 @@ from sso_lightning.runs import (
 )
 from sso_lightning.settings import check_file, one_line
 from sso_lightning.strategies import FSDP2Strategy
+from sso_lightning.terminal import Terminal
 
 log = logging.getLogger("sso_lightning")
 
 
 class SSOCLI(LightningCLI):
     """One YAML describes a run: `trainer`, `model`, `data`, and a key per built-in callback."""
+
+    parts: tuple[type[pl.LightningModule], type[pl.LightningDataModule]] = SSOModule, SSODataModule
+    makes_pairs = True
 
     def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
         """Offer one command: to set up the settings of all four takes half a second more."""
@@ -58,10 +63,12 @@ class SSOCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the built-in callbacks as top-level keys."""
-        parser.add_lightning_class_args(RegeneratePairs, "pairs")
+        if self.makes_pairs:
+            parser.add_lightning_class_args(RegeneratePairs, "pairs")
+            parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(ExportPolicy, "export")
+        parser.add_lightning_class_args(Terminal, "terminal")
         parser.add_argument(
             "--overwrite",
             type=bool,
@@ -74,6 +81,10 @@ class SSOCLI(LightningCLI):
         """Parse what `run` was given, whatever `sys.argv` holds."""
         self.config = parser.parse_args(args)
         settings = self.config[self._command]
+        if settings.terminal.quiet:
+            for name in ("sso_lightning", "lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            settings.trainer.enable_progress_bar = settings.trainer.enable_model_summary = False
         seed = settings.seed_everything
         if not 0 <= seed < 2**32:
             raise InputError(f"seed_everything must be in [0, 2**32), got {seed}")
@@ -168,6 +179,13 @@ class SSOCLI(LightningCLI):
         return made
 
 
+class RewardCLI(SSOCLI):
+    """The same for a reward model, which is given its pairs."""
+
+    parts = RewardModule, RewardDataModule
+    makes_pairs = False
+
+
 def _check_numbers(trainer: Any) -> None:
     """Refuse settings that the trainer takes without a word and stumbles over later."""
     counts = ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch")
@@ -209,6 +227,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    for name in ("lightning.pytorch", "lightning.fabric"):  # a quiet run before may have changed it
+        logging.getLogger(name).setLevel(logging.INFO)
     # anew for every run: a handler keeps the stderr that it was made with
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -217,11 +237,12 @@ def quieten() -> None:
     log.propagate = False
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], cli: type[SSOCLI] = SSOCLI) -> None:
     """Parse and run one command.
 
     Args:
         argv: The command line without the program's name.
+        cli: What is trained.
     """
     quieten()
     for path in _configs(argv):
@@ -230,7 +251,7 @@ def run(argv: Sequence[str]) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        make(SSOCLI, argv)
+        make(cli, argv)
     except ArgumentError as error:
         raise InputError(one_line(str(error), argv[0])) from error
     except MisconfigurationException as error:
@@ -239,12 +260,13 @@ def run(argv: Sequence[str]) -> None:
 
 def make(cli: type[SSOCLI], argv: Sequence[str]) -> SSOCLI:
     """Make the command line, which parses and runs."""
+    # what a run that makes pairs is guarded from has settings of its own
+    always = TRAINER_DEFAULTS["callbacks"] if cli.makes_pairs else [RunState(), Guard()]
     return cli(
-        SSOModule,
-        SSODataModule,
+        *cli.parts,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": always},
         auto_configure_optimizers=False,
         command=argv[0],
         args=list(argv),

@@ -16,8 +16,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -32,6 +32,7 @@ from sso_lightning.errors import InputError
 from sso_lightning.policy import fingerprint
 from sso_lightning.principles import Draw, PrincipleSource, Steering, principle_rates
 from sso_lightning.processes import Processes
+from sso_lightning.progress import progress
 from sso_lightning.prompts import ChatRenderer, clean_response
 from sso_lightning.records import (
     RESPONSES,
@@ -371,8 +372,14 @@ class PairBuilder:
         started = time.monotonic()
         count = -(-len(queries) // self.shard_size)
         done = store.shards()
-        with _progress(self, len(queries)) as advance:
-            advance(0, sum(len(shard.info["queries"]) for shard in done.values()))
+        everybody = self.processes.size
+        show = self.show_progress and self.processes.first
+        with progress(f"pairs of {store.folder.name}", len(queries), "queries", show=show) as tell:
+            tell(0, sum(len(shard.info["queries"]) for shard in done.values()))
+
+            def advance(new_tokens: int, queries: float) -> None:
+                """What this process did stands for what all of them did."""
+                tell(new_tokens * everybody, queries * everybody)
 
             def make(index: int) -> tuple[list[Record], dict[str, Any]]:
                 chunk = queries[index * self.shard_size :][: self.shard_size]
@@ -400,7 +407,7 @@ class PairBuilder:
                 store.finish(numbers)
 
     def _shard(
-        self, queries: Sequence[Query], names: dict[str, str], advance: Callable[[int, int], None]
+        self, queries: Sequence[Query], names: dict[str, str], advance: Callable[[int, float], None]
     ) -> tuple[list[Record], Counter[str], Counter[str]]:
         """The whole chain for some queries: records kept, drops by reason, source counts."""
         draw = Draw(seed=self.seed, iteration=self.iteration, ask=self._ask)
@@ -462,7 +469,7 @@ class PairBuilder:
         self,
         queries: Sequence[Query],
         prompts: Sequence[dict[str, list[int]]],
-        advance: Callable[[int, int], None],
+        advance: Callable[[int, float], None],
     ) -> list[dict[str, Sample]]:
         """Sample all responses of all queries in one call, so that the engine can batch them."""
         requests = [
@@ -476,15 +483,15 @@ class PairBuilder:
             for response, context in SAMPLED_FROM.items()
         ]
 
-        def progress(new_tokens: int, finished: int) -> None:
+        def sampled(new_tokens: int, finished: int) -> None:
             self._new_tokens += new_tokens
-            advance(new_tokens, 0)
+            advance(new_tokens, finished / len(SAMPLED_FROM))
 
         samples = self.sampler.sample(
-            self.model, requests, stop_ids=self.renderer.stop_ids, progress=progress
+            self.model, requests, stop_ids=self.renderer.stop_ids, progress=sampled
         )
         by_key = {sample.key: sample for sample in samples}
-        advance(0, len(queries))
+        advance(0, prompts.count({}))
         return [
             {r: by_key[f"{i}/{r}"] for r in SAMPLED_FROM} if prompt else {}
             for i, prompt in enumerate(prompts)
@@ -628,34 +635,3 @@ def report(
     numbers["pairs/contrast_good"] = gap(("good", "good"), ("bad", "good"))
     numbers["pairs/contrast_bad"] = gap(("bad", "bad"), ("good", "bad"))
     return numbers
-
-
-@contextmanager
-def _progress(builder: PairBuilder, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Yield `advance(new_tokens, queries)`, which draws a bar with tokens per second on a TTY."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("pairs of iteration {task.fields[iteration]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("queries"),
-        TextColumn("{task.fields[rate]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not (builder.show_progress and builder.processes.first and console.is_terminal),
-    )
-    started, tokens = time.monotonic(), 0
-    task = bar.add_task("", total=total, iteration=builder.iteration, rate=0.0)
-
-    def advance(new_tokens: int, queries: int) -> None:
-        nonlocal tokens
-        tokens += new_tokens
-        rate = tokens / max(time.monotonic() - started, 1e-9)
-        bar.update(task, advance=queries, rate=rate)
-
-    with bar:
-        yield advance

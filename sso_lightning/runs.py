@@ -112,6 +112,11 @@ class RunLogger(Logger):
         self._written = 0
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics.csv, those of earlier parts of the run included."""
+        return self._rows
+
+    @property
     def name(self) -> str:
         """The folder's name."""
         return self.folder.name

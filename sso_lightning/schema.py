@@ -9,6 +9,7 @@ taken as the command line takes them, and classes of a user's own are let throug
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,13 +60,20 @@ def _only_named() -> Iterator[None]:
         ours = getattr(kind, "__module__", "").startswith("sso_lightning.")
         # it stumbles over metaclasses, which are subclasses without being asked for
         known = ours or (getattr(kind, "__name__", "") in NAMED and not issubclass(kind, type))
-        return every(kind, *args, **kwargs) if known else []
+        paths: list[str] = every(kind, *args, **kwargs) if known else []
+        return [path for path in paths if _importable(path)]
 
     maker.get_all_subclass_paths = named
     try:
         yield
     finally:
         maker.get_all_subclass_paths = every
+
+
+def _importable(path: str) -> bool:
+    """Whether a class is where its path says: some are made while a program runs."""
+    module, _, name = path.rpartition(".")
+    return hasattr(sys.modules.get(module), name)
 
 
 def config_schema(command: str = "fit") -> dict[str, Any]:

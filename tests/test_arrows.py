@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "losses": {"errors"},
     "objectives": {"errors", "losses"},
     "processes": {"errors"},
+    "progress": set(),
     "sharding": {"errors"},
     "scoring": {"errors", "sharding"},
     "sources": {"errors"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "strategies": {"errors", "sharding", "checkpoint_files"},
     "runs": {"errors", "records"},
 }
-MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy"}
+MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy", "progress"}
 MAY_IMPORT["engines"] = MAY_IMPORT["pairs"] | {"endpoint"}
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
 MAY_IMPORT["data"] |= {"pairs", "objectives", "sources"}
@@ -45,7 +46,8 @@ MAY_IMPORT["module"] = {
 MAY_IMPORT["checkpoints"] = {"errors", "records", "runs", "checkpoint_files"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", "strategies"}
-MAY_IMPORT["cli"].add("checkpoint_files")
+MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal"}
+MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 # commands are imported when they are called
 MAY_IMPORT["schema"] = {"cli"}
