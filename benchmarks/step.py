@@ -72,7 +72,7 @@ class Settings:
     dtype: str
     checkpointing: bool
     threads: int
-    micro: int
+    micro: int = 1
 
 
 def make_records(case: Case) -> list[dict[str, dict[str, list[int]]]]:

@@ -24,6 +24,8 @@ commands:
   validate  measure on held-out pairs, also of a checkpoint (--ckpt_path FILE)
   test      the same under test/
   predict   sample pairs for any query file (--data.predict_queries FILE)
+  reward    train a reward model:  sso-lightning reward fit --config configs/sandbox/reward.yaml
+  rewardbench  score one, or a policy, on RewardBench: sso-lightning rewardbench MODEL --data FILE
   export    checkpoint to a Hugging Face folder: sso-lightning export CKPT OUT [--merge]
   export-pairs  pairs for TRL, LLaMA-Factory, SFT or a reward model:
                 sso-lightning export-pairs RUN --to trl --out FILE
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         **dict.fromkeys(("fit", "validate", "test", "predict"), lambda _: _train(arguments)),
+        "reward": _reward,
+        "rewardbench": _rewardbench,
         "export": _export,
         "export-pairs": _export_pairs,
         "report": _report,
@@ -116,6 +120,23 @@ def _train(arguments: list[str]) -> int:
 
     run(arguments)
     return 0
+
+
+def _reward(arguments: list[str]) -> int:
+    commands = ("fit", "validate", "test")
+    if not arguments or arguments[0] not in commands:
+        given = f", not {arguments[0]!r}" if arguments else ""
+        raise InputError(f"reward takes one of {', '.join(commands)}{given}; see --help of each")
+    from sso_lightning.cli import RewardCLI, run
+
+    run(arguments, RewardCLI)
+    return 0
+
+
+def _rewardbench(arguments: list[str]) -> int:
+    from sso_lightning.rewardbench import run
+
+    return run(arguments)
 
 
 def _schema(arguments: list[str]) -> int:

@@ -114,7 +114,7 @@ class _Gathered:
     def __init__(self) -> None:
         self._metrics: dict[str, Metric] = {}
 
-    def update(self, metrics: Mapping[str, Tensor], weight: int) -> None:
+    def update(self, metrics: Mapping[str, Tensor], weight: float) -> None:
         """Take in a batch of `weight` examples."""
         for name, value in metrics.items():
             wide = torch.float32 if value.device.type == "mps" else torch.float64
@@ -206,7 +206,7 @@ class SSOModule(pl.LightningModule):
             return
         self.load_tokenizer()
         # from_pretrained gives a model in eval mode, in which gradient checkpointing does nothing
-        self.policy = load_model(self.policy_config).train()
+        self.policy = self.load_weights().train()
         if self.generator:
             add_generator(self.policy)
             self._first_adapter = adapter_weights(self.policy, POLICY)
@@ -215,6 +215,10 @@ class SSOModule(pl.LightningModule):
             # only ours has settings of its own
             options = strategy.sharding if isinstance(strategy, FSDP2Strategy) else {}
             shard(self.policy, strategy.device_mesh["data_parallel"], **options)
+
+    def load_weights(self) -> Any:
+        """The model that is trained."""
+        return load_model(self.policy_config)
 
     def load_tokenizer(self) -> None:
         """Load the tokenizer and probe its chat template: seconds, and needs no weights."""

@@ -168,18 +168,22 @@ def vocabulary_size(config: PolicyConfig) -> int | None:
     return size
 
 
-def load_model(config: PolicyConfig, *, trainable: bool = True) -> Any:
+def load_model(
+    config: PolicyConfig, *, trainable: bool = True, kind: Literal["policy", "reward"] = "policy"
+) -> Any:
     """The policy's model: base, merged adapter, quantisation and fresh LoRA as configured.
 
     Args:
         config: What to load.
         trainable: False loads the starting weights only, frozen and without LoRA.
+        kind: A causal language model, or a reward model: a sequence classifier with one label.
 
     Returns:
-        A transformers causal language model, PEFT-wrapped if `config.lora` is set.
+        A transformers model, PEFT-wrapped if `config.lora` is set.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    loader = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
     config.check()
     options: dict[str, Any] = {
         "revision": config.revision,
@@ -189,27 +193,37 @@ def load_model(config: PolicyConfig, *, trainable: bool = True) -> Any:
     if config.attention:
         options["attn_implementation"] = config.attention
     if config.quantize:
-        options["quantization_config"] = _quantization(config)
+        # a reward model's head is trained
+        options["quantization_config"] = _quantization(
+            config, ["score"] if kind == "reward" else None
+        )
+    if kind == "reward":
+        options["num_labels"] = 1
     model = _from_hub(
         "policy.path",
         "model",
         config.path,
-        lambda: AutoModelForCausalLM.from_pretrained(config.path, **options),
+        lambda: loader.from_pretrained(config.path, **options),
     )
     if config.adapter:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        merged = _from_hub(
-            "policy.adapter",
-            "adapter",
-            config.adapter,
-            lambda: PeftModel.from_pretrained(model, config.adapter),
-        )
-        model = merged.merge_and_unload()
+        def merged() -> Any:
+            found = PeftConfig.from_pretrained(config.adapter)
+            if kind == "reward":  # a policy's adapter fits too, but its wrapper would not
+                found.task_type = None
+            return PeftModel.from_pretrained(model, config.adapter, config=found)
+
+        model = _from_hub("policy.adapter", "adapter", config.adapter, merged).merge_and_unload()
     if not trainable:
         return model.requires_grad_(False).eval()
+    return make_trainable(model, config, "CAUSAL_LM" if kind == "policy" else "SEQ_CLS")
+
+
+def make_trainable(model: Any, config: PolicyConfig, task: str = "CAUSAL_LM") -> Any:
+    """Add LoRA and recomputation as configured to a base model, with or without real weights."""
     if config.lora:
-        model = _add_lora(model, config.lora)
+        model = _add_lora(model, config.lora, task)
     if config.gradient_checkpointing:
         # renamed in transformers 5.2x; the old name goes in 6
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -219,21 +233,30 @@ def load_model(config: PolicyConfig, *, trainable: bool = True) -> Any:
     return model
 
 
-def _quantization(config: PolicyConfig) -> Any:
+def set_padding(model: Any, tokenizer: Any, pad_id: int) -> None:
+    """Tell a reward model and its tokenizer, as they will be saved, what fills short rows."""
+    model.config.get_text_config().pad_token_id = pad_id
+    model.config.pad_token_id = pad_id
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    tokenizer.padding_side = "right"
+
+
+def _quantization(config: PolicyConfig, skip: list[str] | None = None) -> Any:
     from transformers import BitsAndBytesConfig
 
     if config.quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     compute = torch.float32 if config.dtype == "float32" else torch.bfloat16
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=skip,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
 
 
-def _add_lora(model: Any, lora: LoRA) -> Any:
+def _add_lora(model: Any, lora: LoRA, task: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -241,7 +264,7 @@ def _add_lora(model: Any, lora: LoRA) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         return get_peft_model(model, config)
@@ -421,10 +444,14 @@ def _save_merged(model: Any, out: Path, adapter: str) -> None:
     own = dict(base.named_parameters(remove_duplicate=False))
     # asking a sharded model for its state dict would scatter weights that are gathered
     found = own if is_sharded(model) else base.state_dict()
+    copied = f".modules_to_save.{adapter}."  # a reward model's head, trained beside the adapter
     state = {
-        name.replace(".base_layer.", "."): value.detach()
+        name.replace(".base_layer.", ".").replace(copied, "."): value.detach()
         for name, value in found.items()
-        if "lora_" not in name and ".weight." not in name and not name.endswith(".SCB")
+        if "lora_" not in name
+        and ".weight." not in name
+        and ".original_module." not in name
+        and not name.endswith(".SCB")
     }
     with torch.no_grad():
         for name, layer in base.named_modules():
@@ -439,7 +466,8 @@ def _save_merged(model: Any, out: Path, adapter: str) -> None:
         del config.quantization_config
         with torch.device("meta"):  # knows how to write itself, and needs no weights for it
             plain = type(base)(config).to(base.dtype)
-        plain.generation_config = base.generation_config
+        if hasattr(base, "generation_config"):  # a reward model has none
+            plain.generation_config = base.generation_config
         base = plain
     base.save_pretrained(out, state_dict=state)
 
@@ -501,7 +529,10 @@ def export_checkpoint(
             f"{checkpoint} was written by another version of this library: its settings of the "
             "policy are others"
         ) from error
-    model = load_model(config)
+    kind = content.get("kind", "policy")
+    model, tokenizer = load_model(config, kind=kind), load_tokenizer(config)
+    if kind == "reward":
+        set_padding(model, tokenizer, content["pad_id"])
     own = {name.removeprefix("policy."): value for name, value in state.items()}
     kept, left = (GENERATOR, POLICY) if generator else (POLICY, GENERATOR)
     if generator and not any(f".{GENERATOR}." in name for name in own):
@@ -516,4 +547,4 @@ def export_checkpoint(
     _, unexpected = model.load_state_dict(own, strict=False)
     if unexpected or not expected <= own.keys():
         raise InputError(f"{checkpoint} does not fit the model at {config.path}")
-    save_policy(model, load_tokenizer(config), out, merge=merge)
+    save_policy(model, tokenizer, out, merge=merge)

@@ -100,6 +100,25 @@ class ChatRenderer:
         """
         return self._encode(self._text(messages, system))
 
+    def render_answered(
+        self, messages: Sequence[Message], answer: str, system: str | None = None
+    ) -> list[int]:
+        """Render a conversation with its answer, closed as the template closes it.
+
+        This is what `tokenizer.apply_chat_template` gives for the whole conversation, and what a
+        reward model reads.
+
+        Args:
+            messages: The query; its last turn is the user's.
+            answer: The assistant's last turn.
+            system: As in `render`.
+
+        Raises:
+            InputError: The template refuses the conversation.
+        """
+        turns = [*messages, {"role": "assistant", "content": answer}]
+        return self._encode(self._text(turns, system, prompt=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response without special tokens and outer white space."""
         # an end-of-turn token need not be marked special, so it is taken off here

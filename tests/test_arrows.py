@@ -45,15 +45,18 @@ MAY_IMPORT["module"] = {
 }
 MAY_IMPORT["checkpoints"] = {"errors", "records", "runs", "checkpoint_files"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
+MAY_IMPORT["reward"] = MAY_IMPORT["module"] | {"module", "formats", "records", "sources"}
+MAY_IMPORT["rewardbench"] = {"errors", "sources", "records", "prompts", "policy", "scoring"}
+MAY_IMPORT["rewardbench"].add("reward")
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", "strategies"}
-MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal"}
+MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward"}
 MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 # commands are imported when they are called
 MAY_IMPORT["schema"] = {"cli"}
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 MAY_IMPORT["__main__"].add("schema")
-MAY_IMPORT["__main__"] |= {"augment", "checkpoint_files", "report"}
+MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report"}
 REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
@@ -68,6 +71,7 @@ NO_TORCH = (
     "endpoint",
     "augment",
     "report.command",
+    "rewardbench",
 )
 """Rooms that read files and texts only: importing them must stay cheap."""
 

@@ -42,8 +42,12 @@ def small(recipe: Path, folder: Path, request) -> list[str]:
         model = folder / f"{architecture}-model"
         if not model.exists():
             conftest.save_tiny(model, architecture, getattr(conftest, template))
+        options += [f"--model.policy.path={model}"]
+        if recipe.stem == "reward":
+            pairs = [{"path": "configs/sandbox/preferences.jsonl", "limit": 4}]
+            return [*options, f"--data.sets={pairs}", f"--data.val_sets={pairs}"]
         queries = conftest.write_queries(folder / "queries.jsonl", 5)
-        options += [f"--model.policy.path={model}", f"--data.queries={queries}"]
+        options += [f"--data.queries={queries}"]
     return options
 
 
@@ -53,8 +57,9 @@ def test_recipe_starts(recipe, world, sso, monkeypatch, request):
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "path", [*sys.path, str(world)])
     run = world / yaml.safe_load(recipe.read_text())["trainer"]["default_root_dir"]
+    command = ["reward", "fit"] if recipe.stem == "reward" else ["fit"]
     status, _, err = sso(
-        "fit", "--config", recipe.relative_to(ROOT), *small(recipe, world, request)
+        *command, "--config", recipe.relative_to(ROOT), *small(recipe, world, request)
     )
     assert status == 0, err
     with (run / "metrics.csv").open() as file:

@@ -209,7 +209,7 @@
       for (const choice of ["", ...Object.keys(PROMPTS)]) {
         const input = make("input", { type: "radio", name: `shade-${name}`, checked: !choice, disabled: Boolean(choice) && !known.includes(choice) });
         input.onchange = () => place.replaceChildren(choice ? shaded(record.tokens[name], record.scores[`${choice}/${name}`]) : shown(record.a[index]));
-        group.append(make("label", { style: "flex-direction: row; margin-right: 1rem" }, input, choice ? `under ${PROMPTS[choice]}${known.includes(choice) ? "" : " (not stored)"}` : "none"));
+        group.append(make("label", { class: "choice" }, input, choice ? `under ${PROMPTS[choice]}${known.includes(choice) ? "" : " (not stored)"}` : "none"));
       }
       body.append(group);
     }

@@ -230,7 +230,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         begin = next((b for b in SUMMARY if key == b or key.startswith(f"{b}.")), None)
         if begin is None or value == "null":
             continue
-        label = SUMMARY[begin] if key == begin and SUMMARY[begin] else key
+        short = key.replace(".init_args", "").removesuffix(".class_path")
+        label = SUMMARY[begin] if key == begin and SUMMARY[begin] else short
         rows.append((label, value.rpartition(".")[2] if key.endswith("class_path") else value))
     return rows
 
