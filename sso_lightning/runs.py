@@ -24,7 +24,10 @@ from sso_lightning.records import replace_file
 SLURM_JOB = ".slurm-job"
 """File of a run folder: which job began or continued the run."""
 
-OUTPUTS = ("metrics.csv", "pairs", "checkpoints", "export", "config.yaml", SLURM_JOB)
+OUTPUTS = (
+    *("metrics.csv", "pairs", "evaluations", "checkpoints", "export", "config.yaml"),
+    SLURM_JOB,
+)
 """What `fit` writes, and what overwriting removes."""
 
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "policy": {"errors", "sharding", "checkpoint_files"},
     "strategies": {"errors", "sharding", "checkpoint_files"},
     "runs": {"errors", "records"},
+    "evaluation": {"errors", "records"},
 }
 MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy", "progress"}
 MAY_IMPORT["engines"] = MAY_IMPORT["pairs"] | {"endpoint"}
@@ -72,6 +73,7 @@ NO_TORCH = (
     "augment",
     "report.command",
     "rewardbench",
+    "evaluation",
 )
 """Rooms that read files and texts only: importing them must stay cheap."""
 
