@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "runs": {"errors", "records"},
     "evaluation": {"errors", "records"},
 }
+MAY_IMPORT["continuous"] = {"errors", "sampling", "sharding"}
 MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy", "progress"}
 MAY_IMPORT["engines"] = MAY_IMPORT["pairs"] | {"endpoint"}
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
