@@ -80,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     command = commands.get(arguments[0])
     if command is None:
-        known = ", ".join(commands)
-        sys.stderr.write(f"error: unknown command {arguments[0]!r}; known: {known}\n")
+        sys.stderr.write(f"error: unknown command {arguments[0]!r}; see sso-lightning --help\n")
         return 2
     try:
         return command(arguments[1:])

@@ -1,4 +1,4 @@
-"""Scores of iterations: the statistics on numbers worked out by hand, the table as a user sees it."""
+"""Scores of iterations: statistics on numbers worked out by hand, the table as a user sees it."""
 
 import itertools
 import json
@@ -212,7 +212,7 @@ def test_metrics_are_chosen_by_name_and_kind(run):
     # fewer comparisons, less correction
     one = iteration_table(run, ["sandbox/quality"])
     assert one["sandbox/quality"][2].corrected == pytest.approx(2 * 2 / 10_000)
-    with pytest.raises(InputError, match="--metric sand: .* has judge/signal_accuracy, lm_eval"):
+    with pytest.raises(InputError, match=r"--metric sand: .* has judge/signal_accuracy, lm_eval"):
         iteration_table(run, ["sand"])
 
 

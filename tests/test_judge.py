@@ -228,7 +228,7 @@ def test_what_does_not_parse_or_fails_is_counted_and_has_no_score(ask):
     assert (found.rate.mean, found.rate.items) == (1.0, 2)
     nothing = result_of(pairs, judge(pairs, ask(lambda *_: said("Hm."))))
     assert (nothing.unparsed, nothing.rate, nothing.first_place) == (5, None, None)
-    with pytest.raises(InputError, match="3 of 10 requests to .* failed"):
+    with pytest.raises(InputError, match=r"3 of 10 requests to .* failed"):
         judge(pairs, ask(lambda *_: said("no", status=400), max_failed=0.2))
 
 

@@ -26,6 +26,7 @@ ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito's palette, without its yellow: told apart with any kind of colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
+RING: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none"}
 SIDES = {"good": "y+", "bad": "y-"}
 
 
@@ -121,12 +122,13 @@ def draw(lines: Sequence[Line], metric: str, out: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(13.5, 4.6), layout=ConstrainedLayoutEngine(wspace=0.06))
     FigureCanvasAgg(figure)
     accuracy, policy, both = figure.subplots(1, 3)
-    label = "exact" if metric == EXACT else metric
+    label = "exact" if metric == EXACT else metric.removesuffix("/signal_accuracy")
     known = any(line.signal for line in lines)
     for number, line in enumerate(lines):
         # runs that meet would hide each other's bars
@@ -140,13 +142,14 @@ def draw(lines: Sequence[Line], metric: str, out: Path) -> None:
         hollow = {**style, "markerfacecolor": "white", "linestyle": "--"}
         _by_iteration(policy, line.on_policy["bad"], shift, hollow)
         _against(both, line, style)
-    accuracy.set_title("Signal accuracy")
-    accuracy.set_ylabel(f"share of pairs whose y+ is better ({label})")
+    accuracy.set_title(f"Signal accuracy, {label}")
+    accuracy.set_ylabel("share of pairs whose y+ is better")
     policy.set_title("On-policyness")
     policy.set_ylabel("mean exp(avg log-probability of y given x)")
     both.set_title("Accuracy against on-policyness")
     both.set_xlabel("on-policyness, mean of y+ and y-")
-    both.set_ylabel(f"signal accuracy ({label})")
+    both.locator_params(axis="x", nbins=6)
+    both.set_ylabel(f"signal accuracy, {label}")
     for axis in (accuracy, policy):
         axis.set_xlabel("iterations that the sampling policy was trained for")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -156,6 +159,7 @@ def draw(lines: Sequence[Line], metric: str, out: Path) -> None:
             axis.set_ylim(*_limits([m for line in lines for m in line.signal.values()]))
         else:
             text = "not known:\nask sso-lightning judge"
+            axis.set(xticks=[], yticks=[])
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center")
     policy.set_ylim(bottom=0)
     sides = [
@@ -163,6 +167,9 @@ def draw(lines: Sequence[Line], metric: str, out: Path) -> None:
         for side, dash in (("good", "-"), ("bad", "--"))
     ]
     policy.legend(handles=sides, frameon=False, loc="best")
+    if known:
+        ring = Line2D([], [], **RING, color="0.3", linestyle="none", label="last iteration")
+        both.legend(handles=[ring], frameon=False, loc="best")
     for axis in (accuracy, policy, both):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -217,7 +224,7 @@ def _by_iteration(axis: Any, means: dict[int, Mean], shift: float, style: dict[s
 
 
 def _against(axis: Any, line: Line, style: dict[str, Any]) -> None:
-    """A run's way from iteration to iteration, each point with its number."""
+    """A run's way from iteration to iteration; the last one has a ring."""
     shared = [i for i in line.signal if i in line.both]
     if not shared:
         return
@@ -233,15 +240,7 @@ def _against(axis: Any, line: Line, style: dict[str, Any]) -> None:
         alpha=0.9,
         **style,
     )
-    for iteration, right, up in zip(shared, x, y, strict=True):
-        axis.annotate(
-            str(iteration),
-            (right.mean, up.mean),
-            xytext=(5, 5),
-            textcoords="offset points",
-            fontsize=8,
-            color=style["color"],
-        )
+    axis.plot(x[-1].mean, y[-1].mean, **RING, color=style["color"])
 
 
 def run(argv: list[str]) -> int:
