@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 FOLDER = "evaluations"
 """Folder of a run that holds the scores: `METRIC/iteration-NN.jsonl`."""
 
-RESAMPLES = 9999
-"""Draws of a bootstrap; the smallest p-value it can give is 2 / (RESAMPLES + 1)."""
+DRAWS = 1999
+"""Draws of a bootstrap for an interval."""
+DRAWS_FOR_P = 9999
+"""Draws for a p-value too; the smallest one it can give is 2 / (DRAWS_FOR_P + 1)."""
 CONFIDENCE = 0.95
 """Of the intervals."""
 
@@ -121,7 +123,7 @@ def bootstrap(
     statistic: Callable[..., Any],
     *columns: Sequence[float],
     seed: int = 0,
-    resamples: int = RESAMPLES,
+    draws: int = DRAWS,
 ) -> tuple[float, float, Floats]:
     """Draw items with replacement and see how a statistic spreads.
 
@@ -129,7 +131,7 @@ def bootstrap(
         statistic: Takes the columns as arrays and `axis`, over which it computes.
         *columns: Numbers of the items, one for each item; drawn together.
         seed: Of the draws.
-        resamples: Number of draws.
+        draws: Their number.
 
     Returns:
         Both ends of the `CONFIDENCE` interval (percentiles) and all drawn values; ends that are
@@ -151,7 +153,7 @@ def bootstrap(
     drawn = stats.bootstrap(
         [np.asarray(column, np.float64) for column in columns],
         statistic,
-        n_resamples=resamples,
+        n_resamples=draws,
         batch=max(1, 4_000_000 // len(columns[0])),  # draws in memory at a time
         vectorized=True,
         paired=True,
@@ -230,7 +232,7 @@ def compare(
     if not both:
         return None
     differences = [after[item] - before[item] for item in both]
-    low, high, drawn = bootstrap(np.mean, differences, seed=seed)
+    low, high, drawn = bootstrap(np.mean, differences, seed=seed, draws=DRAWS_FOR_P)
     p = math.nan
     if len(drawn):
         # what is zero but for rounding lies on both sides

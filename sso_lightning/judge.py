@@ -237,10 +237,6 @@ def result_of(contests: Sequence[Contest], outcomes: Sequence[Outcome], seed: in
 
 PRIOR_SD = 10.0
 """Standard deviation of the normal prior on both coefficients of the length model, in logits."""
-FITS = 1999
-"""Draws of the length model's bootstrap; each of them is a fit."""
-
-
 def length_controlled(scores: Sequence[float], longer: Sequence[float], seed: int = 0) -> Mean:
     """The win rate that would be seen if both answers were equally long.
 
@@ -267,9 +263,7 @@ def length_controlled(scores: Sequence[float], longer: Sequence[float], seed: in
     d = np.asarray(longer, np.float64)
     scale = d.std(ddof=1) if len(d) > 1 else 0.0
     terms = np.tanh(d / scale) if scale > 0 else np.zeros_like(d)
-    low, high, _ = bootstrap(
-        _rate_at_equal_length, scores, terms.tolist(), seed=seed, resamples=FITS
-    )
+    low, high, _ = bootstrap(_rate_at_equal_length, scores, terms.tolist(), seed=seed)
     rate = float(_rate_at_equal_length(np.asarray(scores, np.float64), terms))
     return Mean(rate, low, high, len(scores))
 
