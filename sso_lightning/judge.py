@@ -237,6 +237,8 @@ def result_of(contests: Sequence[Contest], outcomes: Sequence[Outcome], seed: in
 
 PRIOR_SD = 10.0
 """Standard deviation of the normal prior on both coefficients of the length model, in logits."""
+
+
 def length_controlled(scores: Sequence[float], longer: Sequence[float], seed: int = 0) -> Mean:
     """The win rate that would be seen if both answers were equally long.
 

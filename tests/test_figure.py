@@ -93,6 +93,24 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [line.name for line in lines] == ["x/sso", "y/sso"]
 
 
+def test_sets_that_nothing_was_learned_from_are_not_drawn(tmp_path):
+    sets = {
+        "iteration-02": [runs.record("a")],
+        "iteration-02.replaced-1": [runs.record("b", means={("query", "good"): -9.0})],
+        "predict": [runs.record("c")],
+        "offline": [runs.record("d")],
+    }
+    run = runs.write_run(tmp_path / "run", sets)
+    (line,), _ = read_lines([run])
+    assert {i: m.mean for i, m in line.on_policy["good"].items()} == {
+        2: pytest.approx(0.6065, 1e-3)
+    }
+    (line,), _ = read_lines([runs.write_run(tmp_path / "pairs", {"offline": [runs.record("d")]})])
+    assert [*line.on_policy["good"]] == [0]
+    with pytest.raises(InputError, match="has no pairs of an iteration"):
+        read_lines([runs.write_run(tmp_path / "none", {"predict": [runs.record("d")]})])
+
+
 def test_the_command_draws(tmp_path, sandbox_run, judged_run, sso):
     out = tmp_path / "figure.svg"
     assert sso("figure", sandbox_run, "--out", out)[:2] == (0, f"wrote {out}\n")

@@ -65,11 +65,7 @@ def read_lines(roots: Sequence[Path], metric: str | None = None) -> tuple[list[L
     names = Counter(root.resolve().name for root in roots)
     numbers = {}
     for root in roots:
-        folders = sorted((root / "pairs").glob("iteration-[0-9][0-9]*"))
-        folders = [f for f in folders if f.name.partition("-")[2].isdecimal()]
-        if not folders:
-            raise InputError(f"{root}: has no pairs of an iteration")
-        numbers[root] = {int(f.name.partition("-")[2]): _measured(f) for f in folders}
+        numbers[root] = {number: _measured(folder) for number, folder in _folders(root).items()}
     sets = [found for by in numbers.values() for found in by.values()]
     if metric is None:
         metric = EXACT if all("signal" in found for found in sets) else JUDGED
@@ -88,6 +84,20 @@ def read_lines(roots: Sequence[Path], metric: str | None = None) -> tuple[list[L
         sides = {side: _means(by, f"on_policy_{side}") for side in SIDES}
         lines.append(Line(name, signal, sides, _means(by, "on_policy")))
     return lines, metric
+
+
+def _folders(root: Path) -> dict[int, Path]:
+    """The sets that the policy learned from, by the iterations it was trained for before."""
+    found = {}
+    for folder in sorted((root / "pairs").glob("iteration-*")):
+        number = folder.name.partition("-")[2]
+        if number.isdecimal():  # and not one that was replaced
+            found[int(number)] = folder
+    if not found and (root / "pairs" / "offline").is_dir():
+        found[0] = root / "pairs" / "offline"
+    if not found:
+        raise InputError(f"{root}: has no pairs of an iteration")
+    return found
 
 
 def _means(by: dict[int, dict[str, list[float]]], name: str) -> dict[int, Mean]:
