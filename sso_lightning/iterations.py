@@ -56,7 +56,7 @@ Table = dict[str, dict[int, Cell]]
 """Metric to iteration to its cell."""
 
 
-def iteration_table(run: Path, metrics: Sequence[str] = (), seed: int = 0) -> Table:
+def table_of(run: Path, metrics: Sequence[str] = (), seed: int = 0) -> Table:
     """Compare every iteration of a run with its start.
 
     Args:
@@ -219,7 +219,7 @@ def run(argv: list[str]) -> int:
     kinds.add_argument("--json", action="store_true", help="print JSON")
     kinds.add_argument("--markdown", action="store_true", help="print Markdown")
     given = parser.parse_args(argv)
-    table = iteration_table(given.run, given.metric, given.seed)
+    table = table_of(given.run, given.metric, given.seed)
     if given.json:
         sys.stdout.write(as_json(table))
     elif given.markdown:

@@ -11,7 +11,7 @@ import pytest
 
 from sso_lightning.errors import InputError
 from sso_lightning.evaluation import bootstrap, compare, holm, mean_of, read_scores, write_scores
-from sso_lightning.iterations import as_json, as_markdown, iteration_table
+from sso_lightning.iterations import as_json, as_markdown, table_of
 
 pytest.importorskip("scipy")
 
@@ -165,7 +165,7 @@ def run(tmp_path):
 
 
 def test_the_table_against_the_statistics_it_is_made_of(run):
-    table = iteration_table(run)
+    table = table_of(run)
     assert [*table] == ["judge/signal_accuracy", "lm_eval/t/acc", "sandbox/quality"]
     scores = read_scores(run)["sandbox/quality"]
     cells = table["sandbox/quality"]
@@ -187,7 +187,7 @@ def test_the_command_prints_the_table(run, sso):
     assert "judge/signal_accuracy: the start was not measured, so nothing is compared." in out
     assert "lm_eval/t/acc: iteration 2 has no item of the start: not compared." in out
     assert "iteration 2 and the start have 1 items that the other has not; 29 are compared" in out
-    last = iteration_table(run)["sandbox/quality"][2]
+    last = table_of(run)["sandbox/quality"][2]
     moved = last.change.difference
     assert f"{last.score.mean:.3f}*" in out
     assert f"{moved.mean:+.3f} [{moved.low:+.3f}, {moved.high:+.3f}]" in out
@@ -205,21 +205,21 @@ def test_the_command_prints_the_table(run, sso):
 
 
 def test_metrics_are_chosen_by_name_and_kind(run):
-    assert [*iteration_table(run, ["sandbox", "lm_eval/t/acc"])] == [
+    assert [*table_of(run, ["sandbox", "lm_eval/t/acc"])] == [
         "sandbox/quality",
         "lm_eval/t/acc",
     ]
     # fewer comparisons, less correction
-    one = iteration_table(run, ["sandbox/quality"])
+    one = table_of(run, ["sandbox/quality"])
     assert one["sandbox/quality"][2].corrected == pytest.approx(2 * 2 / 10_000)
     with pytest.raises(InputError, match=r"--metric sand: .* has judge/signal_accuracy, lm_eval"):
-        iteration_table(run, ["sand"])
+        table_of(run, ["sand"])
 
 
 def test_a_single_item_has_no_interval_and_json_stays_json(tmp_path):
     write_scores(tmp_path, "m", 0, {"a": 1.0})
     write_scores(tmp_path, "m", 1, {"a": 2.0})
-    table = iteration_table(tmp_path)
+    table = table_of(tmp_path)
     cell = json.loads(as_json(table))["m"]["1"]
     assert cell["change"]["p"] is None
     assert cell["score"]["low"] is None

@@ -16,7 +16,7 @@ from typing import Any
 
 from sso_lightning.errors import InputError, OneLineParser
 from sso_lightning.evaluation import Mean, mean_of, read_scores
-from sso_lightning.records import load_records, replace_file
+from sso_lightning.records import iteration_sets, load_records, replace_file
 from sso_lightning.report.facts import Lore, measures_of
 
 JUDGED = "judge/signal_accuracy"
@@ -88,11 +88,7 @@ def read_lines(roots: Sequence[Path], metric: str | None = None) -> tuple[list[L
 
 def _folders(root: Path) -> dict[int, Path]:
     """The sets that the policy learned from, by the iterations it was trained for before."""
-    found = {}
-    for folder in sorted((root / "pairs").glob("iteration-*")):
-        number = folder.name.partition("-")[2]
-        if number.isdecimal():  # and not one that was replaced
-            found[int(number)] = folder
+    found = iteration_sets(root)
     if not found and (root / "pairs" / "offline").is_dir():
         found[0] = root / "pairs" / "offline"
     if not found:
