@@ -44,6 +44,16 @@ _FILE = re.compile(r"iteration-(\d{2,})\.jsonl")
 _METRIC = re.compile(r"[\w.@+=-]+(/[\w.@+=-]+)*")
 
 
+def check_metric(name: str) -> None:
+    """Make sure that a metric's name can be a path.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if not _METRIC.fullmatch(name) or ".." in name.split("/"):
+        raise InputError(f"evaluation: {name!r} is no name of a metric")
+
+
 def write_scores(run: Path, metric: str, iteration: int, scores: Mapping[str, float]) -> Path:
     """Keep the scores of a policy.
 
@@ -59,8 +69,7 @@ def write_scores(run: Path, metric: str, iteration: int, scores: Mapping[str, fl
     Raises:
         InputError: The name cannot be a path, there are no scores, or one is not finite.
     """
-    if not _METRIC.fullmatch(metric) or ".." in metric.split("/"):
-        raise InputError(f"evaluation: {metric!r} is no name of a metric")
+    check_metric(metric)
     if not scores:
         raise InputError(f"evaluation: {metric} has no scores")
     for item, score in scores.items():

@@ -26,13 +26,14 @@ from sso_lightning.evaluation import (
     FOLDER,
     Mean,
     bootstrap,
+    check_metric,
     mean_of,
     without_nan,
     write_scores,
 )
 from sso_lightning.formats import records_of
 from sso_lightning.records import Message, load_records, replace_file
-from sso_lightning.sources import rows_of
+from sso_lightning.sources import parse_json, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -386,6 +387,57 @@ def run(argv: list[str]) -> int:
     Raises:
         InputError: A flag or a file is wrong, or the judge cannot be had.
     """
+    given = _arguments(argv)
+    endpoint = Endpoint(
+        given.base_url,
+        given.model,
+        given.key_variable,
+        concurrency=given.concurrency,
+        temperature=0.0,
+        max_new_tokens=given.max_new_tokens,
+        max_failed=given.max_failed,
+        **({"cache": given.cache} if given.cache else {}),
+    )
+    metric = f"{given.name}/{'win_rate' if given.against else 'signal_accuracy'}"
+    run, number = _kept_in(given)
+    origin = {"metric": metric, "judge": endpoint.settings(), "against": given.against}
+    if run:
+        _check_kept(run, origin)
+    unmatched = 0
+    if given.against:
+        contests, unmatched = contests_between(given.source, given.against)
+        sets = {number: contests}
+    else:
+        sets = contests_of(given.source, given.iteration)
+    if given.limit:
+        sets = {i: sorted(own, key=lambda c: c.id)[: given.limit] for i, own in sets.items()}
+    harmful = sum(contest.harmful for own in sets.values() for contest in own)
+    if harmful:
+        sys.stderr.write(
+            f"{harmful} answers that were asked to be harmful go to {given.base_url}\n"
+        )
+    results, rows = {}, []
+    for number, own in sets.items():
+        outcomes = judge(own, endpoint)
+        results[number] = result_of(own, outcomes, given.seed)
+        if run:
+            _keep(run, number, origin, own, outcomes, results[number])
+        rows += [
+            {"iteration": number, "id": c.id, "verdicts": o.verdicts, "score": o.score}
+            for c, o in zip(own, outcomes, strict=True)
+        ]
+    if given.verdicts:
+        lines = [json.dumps(row) + "\n" for row in rows]
+        replace_file(given.verdicts, "".join(lines).encode())
+    if given.json:
+        each = {str(number): asdict(result) for number, result in results.items()}
+        sys.stdout.write(_json({**origin, "unmatched": unmatched, "iterations": each}))
+    else:
+        _print(results, versus=bool(given.against), unmatched=unmatched)
+    return 0
+
+
+def _arguments(argv: list[str]) -> Any:
     parser = OneLineParser(
         prog="sso-lightning judge",
         description="Have another model say which of two answers is better, in two rounds with "
@@ -422,82 +474,62 @@ def run(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     if given.limit is not None and given.limit < 1:
         raise InputError(f"--limit must be at least 1, got {given.limit}")
-    keep = _keep(given)
-    endpoint = Endpoint(
-        given.base_url,
-        given.model,
-        given.key_variable,
-        concurrency=given.concurrency,
-        temperature=0.0,
-        max_new_tokens=given.max_new_tokens,
-        max_failed=given.max_failed,
-        **({"cache": given.cache} if given.cache else {}),
-    )
-    unmatched = 0
-    if given.against:
-        contests, unmatched = contests_between(given.source, given.against)
-        sets = {keep[1] if keep else 0: contests}
-    else:
-        sets = contests_of(given.source, given.iteration)
-    if given.limit:
-        sets = {i: sorted(own, key=lambda c: c.id)[: given.limit] for i, own in sets.items()}
-    harmful = sum(contest.harmful for own in sets.values() for contest in own)
-    if harmful:
-        sys.stderr.write(
-            f"{harmful} answers that were asked to be harmful go to {given.base_url}\n"
-        )
-    metric = f"{given.name}/{'win_rate' if given.against else 'signal_accuracy'}"
-    results, rows = {}, []
-    for number, own in sets.items():
-        outcomes = judge(own, endpoint)
-        results[number] = result_of(own, outcomes, given.seed)
-        scores = {
-            contest.id: outcome.score
-            for contest, outcome in zip(own, outcomes, strict=True)
-            if outcome.score is not None
-        }
-        rows += [
-            {"iteration": number, "id": c.id, "verdicts": o.verdicts, "score": o.score}
-            for c, o in zip(own, outcomes, strict=True)
-        ]
-        if keep and scores:
-            write_scores(keep[0], metric, number, scores)
-    report = {
-        "metric": metric,
-        "judge": endpoint.settings(),
-        "unmatched": unmatched,
-        "iterations": {str(number): asdict(result) for number, result in results.items()},
-    }
-    text = json.dumps(without_nan(report), indent=1) + "\n"
-    if keep:
-        replace_file(keep[0] / FOLDER / metric / "judge.json", text.encode())
-    if given.verdicts:
-        lines = [json.dumps(row) + "\n" for row in rows]
-        replace_file(given.verdicts, "".join(lines).encode())
-    if given.json:
-        sys.stdout.write(text)
-    else:
-        _print(results, versus=bool(given.against), unmatched=unmatched)
-    return 0
+    check_metric(given.name)
+    return given
 
 
-def _keep(given: Any) -> tuple[Path, int] | None:
+def _kept_in(given: Any) -> tuple[Path | None, int]:
     """The run in which scores are kept, and the iteration if they are a win rate's."""
     if not given.against:
         if given.keep:
             raise InputError("--keep goes with --against; the pairs of a run are kept in it anyway")
         root = Path(given.source)
-        return (root, 0) if (root / "pairs").is_dir() else None
+        return (root if (root / "pairs").is_dir() else None), 0
     if given.iteration is not None:
         raise InputError("--iteration does not go with --against; give RUN/pairs/iteration-NN")
     if not given.keep:
-        return None
+        return None, 0
     root, number = Path(given.keep[0]), given.keep[1]
     if not root.is_dir():
         raise InputError(f"--keep: {root}: no such run folder")
     if not number.isdecimal():
         raise InputError(f"--keep: the iteration must be a number, got {number!r}")
     return root, int(number)
+
+
+def _check_kept(run: Path, origin: dict[str, Any]) -> None:
+    """Refuse to put scores beside those of another judge: iterations would be compared by both."""
+    folder = run / FOLDER / origin["metric"]
+    for path in sorted(folder.glob("*.judge.json")):
+        there = parse_json(path.read_bytes(), str(path))
+        if {key: there.get(key) for key in origin} != origin:
+            raise InputError(
+                f"{path}: the scores beside it are of another judge, or against other answers; "
+                f"give another --name, or remove {folder}"
+            )
+
+
+def _keep(
+    run: Path,
+    number: int,
+    origin: dict[str, Any],
+    contests: Sequence[Contest],
+    outcomes: Sequence[Outcome],
+    result: Result,
+) -> None:
+    """Write the pairs' scores, and beside them whose they are."""
+    scores = {
+        contest.id: outcome.score
+        for contest, outcome in zip(contests, outcomes, strict=True)
+        if outcome.score is not None
+    }
+    if scores:
+        path = write_scores(run, origin["metric"], number, scores)
+        replace_file(path.with_suffix(".judge.json"), _json(origin | asdict(result)).encode())
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(without_nan(values), indent=1) + "\n"
 
 
 def _print(results: dict[int, Result], *, versus: bool, unmatched: int) -> None:

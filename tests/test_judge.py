@@ -197,8 +197,16 @@ def test_the_sandboxs_truth_as_a_judge_is_the_exact_signal_accuracy(
     part = read_scores(run)["other/signal_accuracy"]
     first = sorted(kept[1])[:5]
     assert part == {1: {key: kept[1][key] for key in first}}
-    judged = json.loads((run / "evaluations/other/signal_accuracy/judge.json").read_text())
+    beside = run / "evaluations/other/signal_accuracy/iteration-01.judge.json"
+    judged = json.loads(beside.read_text())
     assert judged["judge"]["model"] == "truth"
+    assert judged["rate"]["items"] == 5
+    # two judges under one name would be compared with each other
+    other = [*command[:-1], "another", "--name", "other", "--iteration", "0"]
+    status, _, err = sso(*other)
+    assert status == 2
+    assert f"{beside}: the scores beside it are of another judge" in err
+    assert len(chat_server.asked) == 96
 
 
 def test_a_judge_that_likes_the_first_place_contradicts_itself(ask):
@@ -323,6 +331,12 @@ def test_win_rates_of_alpacaeval_outputs(tmp_path, chat_server, sso, monkeypatch
     assert report["unmatched"] == 1
     kept = read_scores(Path("run"))["judge/win_rate"]
     assert kept == {3: {"What of 1?": 1.0, "What of 2?": 1.0, "What of 3?": 0.0, "What of 4?": 0.5}}
+    # the next iteration against the same answers goes beside it, against others it does not
+    assert sso(*command, "--keep", "run", "4")[0] == 0
+    assert [*read_scores(Path("run"))["judge/win_rate"]] == [3, 4]
+    command = (*command[:3], new, *command[4:])
+    assert "against other answers" in sso(*command, "--keep", "run", "5")[2]
+    command = (*command[:3], old, *command[4:])
     status, out, _ = sso(*command)
     assert "1 queries are answered by one of the two only and left out" in out
     assert "0.625 (" in out
@@ -380,6 +394,7 @@ def test_one_id_of_two_queries_is_refused(tmp_path):
         (["--against", "x.json", "--iteration", "1"], "--iteration does not go with --against"),
         (["--against", "x.json", "--keep", "none", "1"], "none: no such run folder"),
         (["--against", "x.json", "--keep", ".", "last"], "must be a number, got 'last'"),
+        (["--name", "../up"], "'../up' is no name of a metric"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
     ],
 )
