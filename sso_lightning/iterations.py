@@ -144,7 +144,7 @@ def notes(table: Table) -> list[str]:
     found = []
     if any(cell.change for by in table.values() for cell in by.values()):
         found.append(
-            f"Changes are against the start, over the same items, with {CONFIDENCE:.0%} intervals "
+            f"Changes are against the start, over the same items, with {100 * CONFIDENCE:g} % intervals "
             f"of a paired bootstrap; * marks p below {LEVEL:g} after Holm's correction for all "
             "cells."
         )
@@ -152,12 +152,14 @@ def notes(table: Table) -> list[str]:
         if 0 not in by:
             found.append(f"{metric}: the start was not measured, so nothing is compared.")
             continue
+        apart = [str(i) for i, cell in by.items() if i and cell.change is None]
+        if apart:
+            found.append(
+                f"{metric}: not compared in iteration {', '.join(apart)}, which has no item of "
+                "the start."
+            )
         for iteration, cell in by.items():
-            if iteration and cell.change is None:
-                found.append(
-                    f"{metric}: iteration {iteration} has no item of the start: not compared."
-                )
-            elif cell.change and cell.change.left_out:
+            if cell.change and cell.change.left_out:
                 found.append(
                     f"{metric}: iteration {iteration} and the start have {cell.change.left_out} "
                     f"items that the other has not; {cell.change.difference.items} are compared."
@@ -171,7 +173,7 @@ def as_markdown(table: Table) -> str:
     for name, cells in _rows(table):
         texts = [f"{c[0]} ({', '.join(c[1:])})" if c[1:] else "".join(c) for c in cells]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    return "\n".join([*lines, "", *(f"{note}\n" for note in notes(table))])
+    return "\n".join([*lines, "", *(f"* {note}" for note in notes(table))]) + "\n"
 
 
 def _print(table: Table) -> None:

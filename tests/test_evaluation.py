@@ -185,7 +185,7 @@ def test_the_command_prints_the_table(run, sso):
     assert status == 0
     assert "* marks p below 0.05 after Holm's correction" in out
     assert "judge/signal_accuracy: the start was not measured, so nothing is compared." in out
-    assert "lm_eval/t/acc: iteration 2 has no item of the start: not compared." in out
+    assert "lm_eval/t/acc: not compared in iteration 2, which has no item of the start." in out
     assert "iteration 2 and the start have 1 items that the other has not; 29 are compared" in out
     last = table_of(run)["sandbox/quality"][2]
     moved = last.change.difference
