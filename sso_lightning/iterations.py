@@ -144,8 +144,8 @@ def notes(table: Table) -> list[str]:
     found = []
     if any(cell.change for by in table.values() for cell in by.values()):
         found.append(
-            f"Changes are against the start, over the same items, with {100 * CONFIDENCE:g} % intervals "
-            f"of a paired bootstrap; * marks p below {LEVEL:g} after Holm's correction for all "
+            "Changes are against the start, over the same items, with "
+            f"{100 * CONFIDENCE:g} % intervals of a paired bootstrap; * marks p below {LEVEL:g} after Holm's correction for all "
             "cells."
         )
     for metric, by in table.items():
