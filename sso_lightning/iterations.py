@@ -145,8 +145,8 @@ def notes(table: Table) -> list[str]:
     if any(cell.change for by in table.values() for cell in by.values()):
         found.append(
             "Changes are against the start, over the same items, with "
-            f"{100 * CONFIDENCE:g} % intervals of a paired bootstrap; * marks p below {LEVEL:g} after Holm's correction for all "
-            "cells."
+            f"{100 * CONFIDENCE:g} % intervals of a paired bootstrap; * marks p below {LEVEL:g} "
+            "after Holm's correction for all cells."
         )
     for metric, by in table.items():
         if 0 not in by:
