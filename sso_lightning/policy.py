@@ -205,6 +205,11 @@ def load_model(
         config.path,
         lambda: loader.from_pretrained(config.path, **options),
     )
+    for module in model.modules():
+        # On CPUs with bfloat16 products bitsandbytes would lay 4-bit weights out anew, in place, at
+        # the first call in eval mode: that has no gradient, and fails where a block spans rows.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if config.adapter:
         from peft import PeftConfig, PeftModel
 
