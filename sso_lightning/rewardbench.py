@@ -329,7 +329,7 @@ def reward_scorer(path: str, *, dtype: str = "auto", device: str = "cpu", batch:
             one, with a tokenizer that has a chat template.
         dtype: Type of the weights.
         device: Where it runs.
-        batch: Conversations per forward pass, of like size.
+        batch: Prompts per call, with answers of like size.
     """
     import torch
 
@@ -347,15 +347,18 @@ def reward_scorer(path: str, *, dtype: str = "auto", device: str = "cpu", batch:
 
     @torch.inference_mode()
     def score(items: Sequence[Item]) -> list[list[float]]:
-        rows = [renderer.render_answered(x.messages, a) for x in items for a in x.answers]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        found = [0.0] * len(rows)
+        groups = [
+            [renderer.render_answered(item.messages, answer) for answer in item.answers]
+            for item in items
+        ]
+        order = sorted(range(len(items)), key=lambda i: -max(map(len, groups[i])))
+        found: list[list[float]] = [[]] * len(items)
         for start in _progress(range(0, len(order), batch)):
             part = order[start : start + batch]
-            values = rewards_of(model, [rows[i] for i in part]).tolist()
-            for index, value in zip(part, values, strict=True):
-                found[index] = value
-        return _by_item(items, found)
+            values = iter(rewards_of(model, [groups[i] for i in part]).tolist())
+            for index in part:
+                found[index] = [next(values) for _ in groups[index]]
+        return found
 
     return score
 
@@ -452,7 +455,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--reference", help="what the policy was trained from; implies --policy")
     parser.add_argument("--beta", type=float, default=0.1, help="scale of its rewards")
-    parser.add_argument("--batch-size", type=int, default=8, help="answers (prompts) at a time")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, ...; a GPU if there is one")

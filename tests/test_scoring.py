@@ -1,3 +1,4 @@
+import copy
 import logging
 from contextlib import nullcontext
 from functools import partial
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -22,7 +24,7 @@ from transformers import (
 
 from sso_lightning import scoring
 from sso_lightning.errors import InputError
-from sso_lightning.scoring import Tree, response_logps
+from sso_lightning.scoring import Tree, response_logps, response_rewards
 
 SIZE = {
     "vocab_size": 97,
@@ -262,6 +264,53 @@ def test_lora(settings):
     assert (got - plain_base).abs().max() > 1e-3
     with torch.no_grad(), model.disable_adapter():
         assert (ours(model, TREES) - plain_base).abs().max() < 1e-9
+
+
+def rewards_alone(model, trees):
+    """The rewards of conversations by unpadded forwards of their own."""
+    rows = [tree.prompt + response for tree in trees for response in tree.responses]
+    return torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+
+
+def classifier(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config).to(dtype)
+
+
+ANSWERED = [Tree(t.prompt, [r for r in t.responses if r]) for t in TREES]
+ANSWERED += [Tree([], [[3, 4]])]
+
+
+# transformers has no sequence classifier of Granite
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"granite"}))
+@pytest.mark.parametrize("settings", [{}, {"max_tokens": 15}])
+def test_rewards_equal_plain_forwards(name, settings):
+    model = classifier(name)
+    want, want_grads = gradients(model, rewards_alone, ANSWERED)
+    got, grads = gradients(model, partial(response_rewards, **settings), ANSWERED)
+    assert len(got) == 7
+    assert (got - want).abs().max() < 1e-9
+    assert_same_gradients(want_grads, grads, 2e-6)
+
+
+@pytest.mark.parametrize("change", ["lora", "checkpointing", "bfloat16"])
+def test_rewards_of_changed_models(change):
+    model = classifier("qwen2", torch.bfloat16 if change == "bfloat16" else torch.float64).train()
+    if change == "lora":
+        torch.manual_seed(1)
+        model = lora(model, target_modules="all-linear", task_type="SEQ_CLS")
+    want, want_grads = gradients(model, rewards_alone, ANSWERED)
+    if change == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    got, grads = gradients(model, response_rewards, ANSWERED)
+    if change == "bfloat16":
+        assert got.dtype == torch.float32
+        assert (got - want).abs().max() < 0.05
+    else:
+        assert (got - want).abs().max() < 1e-9
+        assert_same_gradients(want_grads, grads, 2e-6)
 
 
 def test_frozen_head_is_not_computed_twice():
