@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | prompt | tokens: rows, shared | plain rows | shared | rows / shared |")
+    print("| model | prompt | tokens: padded, real, shared | plain rows | shared | rows / shared |")
     print("|---|---|---|---|---|---|")
     for name in given.models:
         model = make_model(name)
@@ -66,6 +66,7 @@ def main() -> None:
                 for r in records
             ]
             rows = 2 * len(pairs) * max(len(row) for pair in pairs for row in pair)
+            real = sum(len(row) for pair in pairs for row in pair)
             trees = [reward.tree_of(pair) for pair in pairs]
             shared = sum(len(t.prompt) + sum(map(len, t.responses)) for t in trees)
             plain = mock.patch.object(reward, "shares_prompts", return_value=False)
@@ -83,7 +84,7 @@ def main() -> None:
                 for v in (times["rows"], times["shared"], ratios)
             ]
             what = {"query": "query, 20-120", "good": "principle and query, 120-340"}[prompt]
-            print(f"| {name} | {what} | {rows}, {shared} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {what} | {rows}, {real}, {shared} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -623,11 +623,17 @@ class RewardModule(SSOModule):
     def _log_held_out(self, stage: str) -> None:
         found = {name: metrics.take() for name, metrics in self._held_out.items()}
         self._held_out.clear()
+        for name, each in found.items():
+            self._say("%s: accuracy %.3f, loss %.3f", name, each["accuracy"], each["loss"])
         for key in ("loss", "accuracy", "margin", "reward"):
             values: Mapping[str, Tensor] = {name: each[key] for name, each in found.items()}
             if len(values) > 1:
                 self.log_dict({f"{stage}/{name}/{key}": v for name, v in values.items()})
             self.log(f"{stage}/{key}", torch.stack([*values.values()]).mean())
+
+    @rank_zero_only
+    def _say(self, *told: Any) -> None:
+        log.info(*told)
 
     def on_train_epoch_end(self) -> None:
         """Nothing: there is no IPO target."""

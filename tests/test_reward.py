@@ -449,7 +449,7 @@ def test_long_pairs_are_left_out(start, tmp_path, capsys):
     assert "2 pairs, 2 longer than data.max_length left out" in capsys.readouterr().err
 
 
-def test_held_out_sets_are_measured_each_and_together(start, tmp_path):
+def test_held_out_sets_are_measured_each_and_together(start, tmp_path, capsys):
     """A mean over sets, each of which counts alike; the last rows see the exported weights."""
     held = [
         {"path": write(tmp_path / f"{name}.jsonl", rows), "weight": 5.0}
@@ -458,12 +458,15 @@ def test_held_out_sets_are_measured_each_and_together(start, tmp_path):
     more = {"data.val_sets": held, "data.batch_size": 2}
     sets = [{"path": write(tmp_path / "a.jsonl", PAIRS)}]
     last = fit(tmp_path, "run", start, sets, **more)[-1]
+    err = capsys.readouterr().err
     apart = {}
     for name, rows in (("h1", HELD), ("h2", PAIRS[:1])):
         chosen, rejected = both_alone(tmp_path / "run/export", rows)
         apart[name] = [up - down for up, down in zip(chosen, rejected, strict=True)]
         assert last[f"val/{name}/margin"] == pytest.approx(mean(apart[name]), abs=1e-4)
         assert last[f"val/{name}/accuracy"] == pytest.approx(mean([x > 0 for x in apart[name]]))
+        told = f"{name}: accuracy {mean([x > 0 for x in apart[name]]):.3f}, loss "
+        assert told in err
     losses = [mean([softplus(-x) for x in each]) for each in apart.values()]
     assert last["val/loss"] == pytest.approx(mean(losses), abs=1e-4)
 
