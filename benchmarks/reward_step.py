@@ -84,7 +84,9 @@ def main() -> None:
                 for v in (times["rows"], times["shared"], ratios)
             ]
             what = {"query": "query, 20-120", "good": "principle and query, 120-340"}[prompt]
-            print(f"| {name} | {what} | {rows}, {real}, {shared} | {' | '.join(cells)} |", flush=True)
+            print(
+                f"| {name} | {what} | {rows}, {real}, {shared} | {' | '.join(cells)} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from random import Random
+from statistics import fmean as mean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,17 +46,21 @@ from sso_lightning.sandbox.principles import SandboxPrinciples
 ROOT = Path(__file__).resolve().parent.parent
 LAST, FEW, MANY = 4, 64, 192
 GRID = [(lr, epochs) for lr in (5e-4, 1e-3, 2e-3) for epochs in (3, 8)]
-SETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "prompted": ("prompting alone: pairs of iteration 0", ("prompted",)),
-    "sso": ("SSO's pairs of the last iteration", ("sso",)),
-    "pbaa": ("PBAA's pairs of the last iteration", ("pbaa",)),
-    "few": (f"{FEW} exactly labelled pairs", ("few",)),
-    "few_prompted": (f"{FEW} labelled + prompting alone", ("few", "prompted")),
-    "few_sso": (f"{FEW} labelled + SSO's", ("few", "sso")),
-    "few_pbaa": (f"{FEW} labelled + PBAA's", ("few", "pbaa")),
-    "many": (f"{MANY} exactly labelled pairs", ("many",)),
+SETS: dict[str, tuple[str, tuple[str, ...], int]] = {
+    "prompted": ("prompting alone: pairs of iteration 0", ("prompted",), 1),
+    "sso": ("SSO's pairs of the last iteration", ("sso",), 1),
+    "pbaa": ("PBAA's pairs of the last iteration", ("pbaa",), 1),
+    "few": (f"{FEW} exactly labelled pairs", ("few",), 1),
+    "few_long": (f"{FEW} labelled, 4 times the epochs", ("few",), 4),
+    "few_prompted": (f"{FEW} labelled + prompting alone", ("few", "prompted"), 1),
+    "few_sso": (f"{FEW} labelled + SSO's", ("few", "sso"), 1),
+    "few_pbaa": (f"{FEW} labelled + PBAA's", ("few", "pbaa"), 1),
+    "many": (f"{MANY} exactly labelled pairs", ("many",), 1),
 }
-"""Name to (label, sets of pairs that are mixed with equal weights)."""
+"""Name to (label, sets of pairs that are mixed with equal weights, factor on the epochs).
+
+Four times the epochs of the small set are as many steps as a mixture of it with 192 pairs takes.
+"""
 KINDS = {
     "plain": "plain answers",
     "contexts": "answers under good, bad and no principles",
@@ -172,9 +176,13 @@ class Seed:
         """Where the pairs of a set lie, as `data.sets` takes it."""
         if name in ("few", "many"):
             return {"path": str(self.folder / f"{name}.jsonl")}
-        run = "sso" if name == "prompted" else name
-        iteration = 0 if name == "prompted" else LAST
-        return {"path": str(self.out / f"{run}-{self.seed}"), "iteration": iteration}
+        run, _, iteration = name.partition("@")
+        if name == "prompted":
+            run, iteration = "sso", "0"
+        return {
+            "path": str(self.out / f"{run}-{self.seed}"),
+            "iteration": int(iteration or LAST),
+        }
 
     def of_pairs(self, name: str) -> dict[str, float]:
         """Exact accuracy and gap of the pairs of a set."""
@@ -185,9 +193,9 @@ class Seed:
         both = [(world.quality(q, good), world.quality(q, bad)) for q, good, bad in text]
         return {
             "count": len(both),
-            "accuracy": statistics.fmean((g > b) + 0.5 * (g == b) for g, b in both),
-            "gap": statistics.fmean(g - b for g, b in both),
-            "quality": statistics.fmean(g for g, _ in both),
+            "accuracy": mean((g > b) + 0.5 * (g == b) for g, b in both),
+            "gap": mean(g - b for g, b in both),
+            "quality": mean(g for g, _ in both),
         }
 
     def rank(self, name: str, lr: float, epochs: int, repeat: int) -> dict[str, float]:
@@ -196,7 +204,8 @@ class Seed:
         result = self.folder / f"{label}.json"
         if not result.exists():
             run = self.folder / label
-            train(self.base, [self.source(n) for n in SETS[name][1]], run, lr, epochs, repeat)
+            _, names, times = SETS.get(name, ("", (name,), 1))
+            train(self.base, [self.source(n) for n in names], run, lr, times * epochs, repeat)
             result.write_text(json.dumps(self._ranking(run / "export")))
             shutil.rmtree(run)
         found: dict[str, float] = json.loads(result.read_text())
@@ -217,7 +226,7 @@ class Seed:
                 for each, own in zip(self.answers, rewards, strict=True)
                 for a, b in each.pairs(kind)
             ]
-            found[kind] = statistics.fmean(won)
+            found[kind] = mean(won)
             found[f"{kind}/count"] = len(won)
         # which features are rewarded: among plain answers that differ in one
         for feature in world.FEATURES:
@@ -230,7 +239,7 @@ class Seed:
                         won.append(
                             (own[a] > own[b]) == (first[feature.name] > second[feature.name])
                         )
-            found[f"feature/{feature.name}"] = statistics.fmean(won)
+            found[f"feature/{feature.name}"] = mean(won)
         return found
 
 
@@ -271,9 +280,25 @@ def report(seeds: Sequence[Seed], lr: float, epochs: int, repeats: int) -> str:
         for seed in seeds:
             runs = [seed.rank(name, lr, epochs, r) for r in range(repeats)]
             means.setdefault(name, []).append(
-                {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
+                {key: mean(run[key] for run in runs) for key in runs[0]}
             )
             print("finished", name, seed.seed, means[name][-1], flush=True)
+    by_iteration = []
+    for run in ("sso", "pbaa"):
+        names = [f"{run}@{iteration}" for iteration in range(LAST + 1)]
+        really = [spread([seed.of_pairs(n)["accuracy"] for seed in seeds]) for n in names]
+        by_iteration.append([run.upper(), "pairs that are really better", *really])
+        for kind in ("plain", "contexts"):
+            ranked = [
+                spread(
+                    [
+                        mean(seed.rank(n, lr, epochs, r)[kind] for r in range(repeats))
+                        for seed in seeds
+                    ]
+                )
+                for n in names
+            ]
+            by_iteration.append([run.upper(), f"ranking {KINDS[kind]}", *ranked])
     parts = [f"rate {lr:g}, {epochs} epochs, {repeats} trainings per seed and set"]
     pairs = {n: [seed.of_pairs(n) for seed in seeds] for n in ("prompted", "sso", "pbaa", "few")}
     rows = [
@@ -291,11 +316,13 @@ def report(seeds: Sequence[Seed], lr: float, epochs: int, repeats: int) -> str:
         ]
         head = ["trained on", "mean ± sd", *(f"seed {seed.seed}" for seed in seeds)]
         parts.append(f"## Ranking {title} ({counts} pairs)\n\n{table(head, rows)}")
+    head = ["pairs of", "", *(f"iteration {i}" for i in range(LAST + 1))]
+    parts.append(f"## By iteration\n\n{table(head, by_iteration)}")
     rows = []
     for kind, title in KINDS.items():
         for a, b in (
-            *(("sso", "pbaa"), ("sso", "prompted"), ("few_sso", "few"), ("few_pbaa", "few")),
-            *(("few_sso", "few_pbaa"), ("few_sso", "few_prompted")),
+            *(("sso", "pbaa"), ("sso", "prompted"), ("few_sso", "few"), ("few_sso", "few_long")),
+            *(("few_pbaa", "few_long"), ("few_sso", "few_pbaa"), ("few_sso", "few_prompted")),
         ):
             apart = [x[kind] - y[kind] for x, y in zip(means[a], means[b], strict=True)]
             rows.append([title, f"{SETS[a][0]} - {SETS[b][0]}", spread(apart)])

@@ -25,9 +25,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from sso_lightning.data import _From, plan_batches
+from sso_lightning.data import Planned, held_out_turns, loader, plan_batches
 from sso_lightning.errors import InputError
 from sso_lightning.formats import COMPARED, records_of
 from sso_lightning.module import Schedule, SSOModule, _Gathered
@@ -297,46 +297,21 @@ class RewardBatch:
         return self
 
 
-class _Batches(Dataset[RewardBatch]):
-    """The planned batches of one process: item i is its i-th one."""
+class _Batches(Planned):
+    """Batches of pairs, which count by the pairs' weights."""
 
-    def __init__(
-        self,
-        pairs: Sequence[RewardPair],
-        turns: Sequence[Sequence[Sequence[int]]],
-        rank: int = 0,
-        accumulate: int = 1,
-        limit: int | None = None,
-        padding: int = 0,
-    ) -> None:
-        """See `data.PlannedBatches`."""
+    def __init__(self, pairs: Sequence[RewardPair], *planned: Any, **more: Any) -> None:
+        """See `data.Planned`."""
+        super().__init__(*planned, **more)
         self.pairs = pairs
-        self.turns = turns
-        self.rank = rank
-        self.accumulate = accumulate
-        self.limit = min(len(turns), limit or len(turns))
-        self.padding = padding
 
-    def __len__(self) -> int:
-        return len(self.turns)
+    def collate(self, indices: Sequence[int]) -> RewardBatch:
+        """The pairs of some indices."""
+        return RewardBatch([self.pairs[i] for i in indices])
 
-    def _weight(self, indices: Iterable[int]) -> float:
+    def weight(self, indices: Sequence[int]) -> float:
+        """The sum of their weights."""
         return math.fsum(self.pairs[i].weight for i in indices)
-
-    def __getitem__(self, index: int) -> RewardBatch:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        turn = self.turns[index]
-        batch = RewardBatch([self.pairs[i] for i in turn[self.rank]])
-        first = index - index % self.accumulate
-        window = self.turns[first : min(first + self.accumulate, self.limit)]
-        # the trainer divides by `accumulate`, and the sum over the processes by their number
-        of_step = math.fsum(self._weight(other) for each in window for other in each)
-        batch.scale = self._weight(turn[self.rank]) / of_step * self.accumulate * len(turn)
-        if index >= len(self) - self.padding:
-            batch.scale = 0.0
-        batch.closes_step = index + 1 == min(first + self.accumulate, self.limit)
-        return batch
 
 
 class RewardDataModule(pl.LightningDataModule):
@@ -419,9 +394,9 @@ class RewardDataModule(pl.LightningDataModule):
         batches = _Batches(
             self._train,
             turns,
-            trainer.global_rank,
-            trainer.accumulate_grad_batches,
-            limit if isinstance(limit, int) else int(limit * len(turns)),
+            accumulate=trainer.accumulate_grad_batches,
+            limit=limit if isinstance(limit, int) else int(limit * len(turns)),
+            rank=trainer.global_rank,
         )
         return self._loader(batches, self.batches_done(trainer.current_epoch))
 
@@ -498,26 +473,11 @@ class RewardDataModule(pl.LightningDataModule):
 
     def _held_out(self, pairs: Sequence[RewardPair]) -> DataLoader[RewardBatch]:
         rank, world = self._trainer.global_rank, self._trainer.world_size
-        # with fewer pairs than processes each one takes them all: the mean over copies is the mean
-        few = world > len(pairs)
-        order = range(len(pairs)) if few else range(rank, len(pairs), world)
-        size = self.batch_size
-        turns = [[order[i : i + size]] for i in range(0, len(order), size)]
-        most = len(pairs) if few else -(-len(pairs) // world)
-        padding = -(-most // size) - len(turns)
-        return self._loader(_Batches(pairs, turns + turns[-1:] * padding, padding=padding))
+        turns, padding = held_out_turns(len(pairs), self.batch_size, rank, world)
+        return self._loader(_Batches(pairs, turns, padding=padding))
 
     def _loader(self, batches: _Batches, start: int = 0) -> DataLoader[RewardBatch]:
-        # a loader draws a seed when it starts: from a generator of its own, so that a resumed run,
-        # which starts another number of loaders, goes on with the same random numbers
-        own = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=_From(start, len(batches)),
-            num_workers=self.num_workers,
-            generator=own,
-        )
+        return loader(batches, start, self.seed, self.num_workers)
 
 
 # --------------------------------------------------------------------------------------- the module

@@ -219,7 +219,9 @@ def _score(
     root = causal_lm(model)
     sharded, device = is_sharded(root), next(model.parameters()).device
     in_step = sharded and torch.is_grad_enabled()  # all processes gather each layer equally often
-    if not shares_prompts(model):
+    reason = _why_not_trees(model, root)
+    if reason:
+        _say_once(reason)
         return _score_rows(root if sharded else model, trees, None if in_step else max_tokens)
     tile_bytes = chunk_bytes or _TILE_BYTES.get(device.type, _GPU_TILE_BYTES)
     if max_tokens is None and device.type == "cpu":

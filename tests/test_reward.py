@@ -271,13 +271,13 @@ def test_padding_token(name, tokenizer):
 
 
 def test_a_padding_token_that_ends_answers_is_refused(tokenizer):
-    for name, says in {"<|im_end|>": "no padding token", "<none>": "no token '<none>'"}.items():
+    for name, says in {"<|im_end|>": "ends answers as well", "<none>": "no token '<none>'"}.items():
         with pytest.raises(InputError, match=rf"model\.pad_token: .*{says}"):
             find_pad_id(ChatRenderer(tokenizer), tokenizer, name)
     # a template that closes with the padding token would be read one token early
     closing = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<pad>{% endfor %}"
     tokenizer.chat_template = closing + "{% if add_generation_prompt %}assistant: {% endif %}"
-    with pytest.raises(InputError, match=r"model\.pad_token: .*no padding token"):
+    with pytest.raises(InputError, match=r"model\.pad_token: .*ends answers as well"):
         find_pad_id(ChatRenderer(tokenizer), tokenizer)
 
 
