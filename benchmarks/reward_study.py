@@ -65,6 +65,7 @@ KINDS = {
     "plain": "plain answers",
     "contexts": "answers under good, bad and no principles",
     "world": "answers composed by the world at random",
+    "moved": "plain answers of the last policies",
 }
 PLAIN = 4  # plain answers per held-out query
 
@@ -82,7 +83,8 @@ class Answers:
         if kind == "contexts":  # one answer of each
             places = [self.contexts.index(context) for context in ("plain", "good", "bad")]
         else:
-            places = [i for i, context in enumerate(self.contexts) if context == kind]
+            of = {"moved": ("sso", "pbaa")}.get(kind, (kind,))
+            places = [i for i, context in enumerate(self.contexts) if context in of]
         quality = [world.quality(self.query, text) for text in self.texts]
         for a, b in combinations(places, 2):
             if quality[a] != quality[b]:
@@ -108,12 +110,15 @@ def _texts(model: Any, renderer: ChatRenderer, requests: Sequence[Request]) -> d
     return {s.key: renderer.decode(s.ids) for s in samples}
 
 
-def held_out(model: Any, renderer: ChatRenderer, queries: Sequence[Query]) -> list[Answers]:
-    """Answers that rankings are measured on: the start policy's, and the world's own."""
+def held_out(
+    model: Any, renderer: ChatRenderer, queries: Sequence[Query], last: dict[str, Any]
+) -> list[Answers]:
+    """Answers that rankings are measured on: the start policy's, the last ones', the world's."""
 
     def never(asked: Any, tokens: int) -> list[str]:
         raise AssertionError("these principles do not ask the policy")
 
+    moved = {name: sample(policy, renderer, queries, 2, name) for name, policy in last.items()}
     plain = sample(model, renderer, queries, PLAIN, "reward-study")
     steerings = SandboxPrinciples().propose(queries, Draw(1, 0, never))
     requests = [
@@ -128,7 +133,11 @@ def held_out(model: Any, renderer: ChatRenderer, queries: Sequence[Query]) -> li
         rng = Random(stream_seed(2, query.id))
         composed = [world.render(world.plan_answer(world.ask_of(text), {}, rng)) for _ in range(2)]
         texts = [*plain[i], steered[f"{i}/good"], steered[f"{i}/bad"], *composed]
-        found.append(Answers(text, texts, ["plain"] * PLAIN + ["good", "bad", "world", "world"]))
+        contexts = ["plain"] * PLAIN + ["good", "bad", "world", "world"]
+        for name, answers in moved.items():
+            texts += answers[i]
+            contexts += [name] * 2
+        found.append(Answers(text, texts, contexts))
     return found
 
 
@@ -158,17 +167,21 @@ class Seed:
         self.folder.mkdir(exist_ok=True)
         answers = self.folder / "answers.json"
         if not answers.exists():
-            config = PolicyConfig(str(self.base / "model"))
+            start = PolicyConfig(str(self.base / "model"))
             model, renderer = (
-                load_model(config, trainable=False),
-                ChatRenderer(load_tokenizer(config)),
+                load_model(start, trainable=False),
+                ChatRenderer(load_tokenizer(start)),
             )
+            last = {
+                name: load_model(PolicyConfig(str(out / f"{name}-{seed}/export")), trainable=False)
+                for name in ("sso", "pbaa")
+            }
             rows = labelled(model, renderer, load_queries(self.base / "train.jsonl"))
             for name, count in (("few", FEW), ("many", MANY)):
                 lines = [json.dumps(row) + "\n" for row in rows[:count]]
                 (self.folder / f"{name}.jsonl").write_text("".join(lines))
             queries = load_queries(self.base / "validation.jsonl")
-            found = [vars(each) for each in held_out(model, renderer, queries)]
+            found = [vars(each) for each in held_out(model, renderer, queries, last)]
             answers.write_text(json.dumps(found))
         self.answers = [Answers(**each) for each in json.loads(answers.read_text())]
 
@@ -185,13 +198,19 @@ class Seed:
         }
 
     def of_pairs(self, name: str) -> dict[str, float]:
-        """Exact accuracy and gap of the pairs of a set."""
+        """Exact accuracy and gap of the pairs of a set, and the gap of every feature."""
         source = self.source(name)
         records = records_of(source["path"])
         kept = [r for r in records if source.get("iteration") in (None, r.iteration)]
         text = [(r.messages[-1]["content"], r.good, r.bad) for r in kept]
         both = [(world.quality(q, good), world.quality(q, bad)) for q, good, bad in text]
-        return {
+        lacking = dict.fromkeys((each.name for each in world.FEATURES), 0.0)
+        scores = [[world.score(q, answer) or lacking for answer in two] for q, *two in text]
+        of_features = {
+            f"feature/{name}": mean(good[name] - bad[name] for good, bad in scores)
+            for name in lacking
+        }
+        return of_features | {
             "count": len(both),
             "accuracy": mean((g > b) + 0.5 * (g == b) for g, b in both),
             "gap": mean(g - b for g, b in both),
@@ -285,10 +304,10 @@ def report(seeds: Sequence[Seed], lr: float, epochs: int, repeats: int) -> str:
             print("finished", name, seed.seed, means[name][-1], flush=True)
     by_iteration = []
     for run in ("sso", "pbaa"):
-        names = [f"{run}@{iteration}" for iteration in range(LAST + 1)]
+        names = ["prompted", *(f"{run}@{i}" for i in range(1, LAST)), run]
         really = [spread([seed.of_pairs(n)["accuracy"] for seed in seeds]) for n in names]
         by_iteration.append([run.upper(), "pairs that are really better", *really])
-        for kind in ("plain", "contexts"):
+        for kind in ("plain", "moved"):
             ranked = [
                 spread(
                     [
@@ -300,7 +319,8 @@ def report(seeds: Sequence[Seed], lr: float, epochs: int, repeats: int) -> str:
             ]
             by_iteration.append([run.upper(), f"ranking {KINDS[kind]}", *ranked])
     parts = [f"rate {lr:g}, {epochs} epochs, {repeats} trainings per seed and set"]
-    pairs = {n: [seed.of_pairs(n) for seed in seeds] for n in ("prompted", "sso", "pbaa", "few")}
+    shown = ("prompted", "sso", "pbaa", "few")
+    pairs = {name: [seed.of_pairs(name) for seed in seeds] for name in shown}
     rows = [
         [SETS[name][0]]
         + [spread([each[key] for each in found]) for key in ("count", "accuracy", "gap", "quality")]
@@ -308,6 +328,17 @@ def report(seeds: Sequence[Seed], lr: float, epochs: int, repeats: int) -> str:
     ]
     head = ["pairs", "number", "really better", "gap in quality", "quality of the better"]
     parts.append(f"## The pairs\n\n{table(head, rows)}")
+    rows = [
+        [
+            each.name,
+            *(spread([p[f"feature/{each.name}"] for p in found]) for found in pairs.values()),
+        ]
+        for each in world.FEATURES
+    ]
+    parts.append(
+        "## What the pairs tell apart\n\nShare of better answers that have a feature minus that of "
+        f"worse ones.\n\n{table(['feature', *pairs], rows)}"
+    )
     for kind, title in KINDS.items():
         counts = ", ".join(f"{m[f'{kind}/count']:.0f}" for m in means["few"])
         rows = [

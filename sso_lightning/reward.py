@@ -97,11 +97,9 @@ def find_pad_id(renderer: ChatRenderer, tokenizer: Any, name: str | None = None)
     last = renderer.render_answered([{"role": "user", "content": "?"}], "!")[-1]
     fitting = [i for i in found if i != last and i not in renderer.stop_ids]
     if not fitting:
-        found_so_far = name or tokenizer.pad_token
-        raise InputError(
-            f"model.pad_token: {found_so_far!r} ends answers as well; name one of the tokenizer's "
-            "tokens that no text holds"
-        )
+        given = name or tokenizer.pad_token
+        why = f"{given!r} ends answers as well" if given else "the tokenizer has none"
+        raise InputError(f"model.pad_token: {why}; name one of its tokens that no text holds")
     return int(fitting[0])
 
 

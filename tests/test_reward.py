@@ -270,10 +270,27 @@ def test_padding_token(name, tokenizer):
     assert find_pad_id(ChatRenderer(tokenizer), tokenizer, "<|begin|>") != found
 
 
+def tiny_without_padding(tokenizer):
+    """The same tokenizer with another name for what would be padding."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    text = tokenizer.backend_tokenizer.to_str().replace("<pad>", "<extra>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text), eos_token="<|im_end|>"
+    )
+    made.chat_template = tokenizer.chat_template
+    return made
+
+
 def test_a_padding_token_that_ends_answers_is_refused(tokenizer):
     for name, says in {"<|im_end|>": "ends answers as well", "<none>": "no token '<none>'"}.items():
         with pytest.raises(InputError, match=rf"model\.pad_token: .*{says}"):
             find_pad_id(ChatRenderer(tokenizer), tokenizer, name)
+    # a tokenizer without any, as Mistral's
+    plain = tiny_without_padding(tokenizer)
+    with pytest.raises(InputError, match=r"^model\.pad_token: the tokenizer has none; name one"):
+        find_pad_id(ChatRenderer(plain), plain)
     # a template that closes with the padding token would be read one token early
     closing = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<pad>{% endfor %}"
     tokenizer.chat_template = closing + "{% if add_generation_prompt %}assistant: {% endif %}"
