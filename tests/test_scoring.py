@@ -348,7 +348,7 @@ def test_four_bit_base(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
     )
-    # in eval mode bitsandbytes repacks such weights on some CPUs, which `policy.load_model` prevents
+    # in eval mode bitsandbytes repacks weights on some CPUs, which `policy.load_model` prevents
     model = lora(model, target_modules=["q_proj", "down_proj"]).train()
     want, want_grads = gradients(model, alone)
     got, grads = gradients(model, ours)
