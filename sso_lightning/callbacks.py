@@ -441,4 +441,4 @@ class ExportPolicy(Callback):
         policy, tokenizer, writes = pl_module.policy, pl_module.tokenizer, trainer.is_global_zero
         save_policy(policy, tokenizer, out, merge=self.merge, writes=writes)
         if writes:
-            log.info("exported the policy to %s", out)
+            log.info("exported the model to %s", out)

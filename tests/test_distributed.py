@@ -28,6 +28,37 @@ CLIP = 0.04
 OFFLOAD = {"class_path": FSDP2, "init_args": {"cpu_offload": True, "reshard_after_forward": False}}
 
 
+def reward_config(home, model, name, batch_size, *, lora=None, **trainer):
+    """The same for a reward model: two sets of pairs, of which one weighs more."""
+    path = Path(config(home, model, name, batch_size, lora=lora, **trainer))
+    settings = yaml.safe_load(path.read_text())
+    del settings["pairs"], settings["model"]["objective"]
+    sets = []
+    for label, count in (("a", 6), ("b", 2)):
+        file = home / f"{label}.jsonl"
+        rows = [
+            {"prompt": f"Name {i} birds.", "chosen": f"A wren{', so small' * i}.", "rejected": "No"}
+            for i in range(count)
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets.append({"path": str(file), "weight": 3.0 if label == "b" else 1.0})
+    settings["data"] = {"sets": sets, "val_sets": sets, "batch_size": batch_size}
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def save_classifier(folder, model):
+    """A reward model with a head, so that no process draws one."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(1)
+    made = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    torch.nn.init.normal_(made.score.weight)
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def written(jobs, folder):
     path = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     path.write_text(json.dumps(jobs))
@@ -167,6 +198,11 @@ MORE = {
     "offload": {"strategy": OFFLOAD},
     "stay-sharded": {"strategy": "fsdp2"},
 }
+REWARD = {
+    "reward-ddp": {"strategy": "ddp"},
+    "reward-fsdp2": {"strategy": "fsdp2"},
+    "reward-fsdp2-lora": {"strategy": SHARDED, "lora": LORA},
+}
 NAMES = [*RUNS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE)]
 STAY_SHARDED = """
 from sso_lightning import sharding
@@ -230,7 +266,14 @@ def runs(home, tiny_model, forks):
         "one-qlora": {"lora": LORA, "quantize": "4bit"},
     }.items():
         assert main("fit", "--config", config(home, tiny_model, name, 2, **settings)) == 0
+    head = save_classifier(home / "classifier", tiny_model)
+    for name, lora in {"one-reward": None, "one-reward-lora": LORA}.items():
+        path = reward_config(home, head, name, 2, lora=lora)
+        assert main("reward", "fit", "--config", path) == 0
     jobs = training(home, tiny_model, RUNS)
+    for name, settings in REWARD.items():
+        path = reward_config(home, head, name, 1, devices=2, **settings)
+        jobs.append({"argv": ["reward", "fit", "--config", path]})
     for name in ("fsdp2", "sharded-lora"):
         # cut within the second iteration, then continued
         path = config(home, tiny_model, f"cut-{name}", 1, devices=2, **RUNS[name])
@@ -299,6 +342,24 @@ def test_two_processes_train_as_one(made, name):
         torch.testing.assert_close(found[key], value, rtol=0, atol=2e-5, msg=key)
     start = weights(theirs, iteration_end(theirs, 0).name)
     assert any(not torch.equal(start[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", REWARD)
+def test_two_processes_train_a_reward_model_as_one(runs, name):
+    """Losses and held-out losses, gradient norms, the exported weights."""
+    from safetensors.torch import load_file
+
+    lora = name.endswith("lora")
+    ours, theirs = runs / name, runs / ("one-reward-lora" if lora else "one-reward")
+    for key in ("train/loss", "train/grad_norm", "val/loss", "val/a/margin"):
+        numbers = rows(theirs, key)
+        assert numbers, key
+        assert rows(ours, key) == pytest.approx(numbers, rel=1e-3), key
+    assert max(rows(theirs, "train/grad_norm")) > CLIP, "nothing was clipped"
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    found, expected = (load_file(root / "export" / file) for root in (ours, theirs))
+    assert any("score" in key for key in found)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "sharded-lora"])
