@@ -49,8 +49,12 @@ MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "che
 MAY_IMPORT["reward"] = MAY_IMPORT["module"] | {"module", "formats", "records", "sources"}
 MAY_IMPORT["rewardbench"] = {"errors", "sources", "records", "prompts", "policy", "scoring"}
 MAY_IMPORT["rewardbench"].add("reward")
+MAY_IMPORT["benchmarks"] = {
+    *("errors", "records", "evaluation", "processes", "sharding", "policy", "sampling", "module"),
+    "checkpoint_files",
+}
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", "strategies"}
-MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward"}
+MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward", "benchmarks"}
 MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 # commands are imported when they are called
