@@ -31,6 +31,8 @@ commands:
                 sso-lightning export-pairs RUN --to trl --out FILE
   report    one HTML page of runs, with alarms: sso-lightning report RUN [RUN ...] [--check]
   augment   new queries from seeds: sso-lightning augment SEEDS --model M --count N --out FILE
+  generate  answers for AlpacaEval or MT-Bench:
+            sso-lightning generate MODEL --to mt_bench --questions FILE --out FILE
   schema    JSON Schema of the YAML, for editors: sso-lightning schema --out schema.json
   sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
 
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export-pairs": _export_pairs,
         "report": _report,
         "augment": _augment,
+        "generate": _generate,
         "schema": _schema,
         "sandbox": _sandbox,
     }
@@ -175,6 +178,13 @@ def _report(arguments: list[str]) -> int:
 
 def _augment(arguments: list[str]) -> int:
     from sso_lightning.augment import run
+
+    sys.stdout.write(run(arguments))
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    from sso_lightning.generate import run
 
     sys.stdout.write(run(arguments))
     return 0

@@ -57,11 +57,13 @@ MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", 
 MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward", "benchmarks"}
 MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
+MAY_IMPORT["generate"] = {"errors", "records", "sources", "prompts", "policy", "sampling"}
+MAY_IMPORT["generate"].add("progress")
 # commands are imported when they are called
 MAY_IMPORT["schema"] = {"cli"}
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 MAY_IMPORT["__main__"].add("schema")
-MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report"}
+MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report", "generate"}
 REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
@@ -78,6 +80,7 @@ NO_TORCH = (
     "report.command",
     "rewardbench",
     "evaluation",
+    "generate",
 )
 """Rooms that read files and texts only: importing them must stay cheap."""
 
