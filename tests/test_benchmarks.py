@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,15 @@ import yaml
 
 pytest.importorskip("lm_eval")
 
-from sso_lightning.benchmarks import Benchmarks, document_scores, load_tasks, numbers_of
+from sso_lightning.benchmarks import (
+    Benchmarks,
+    document_scores,
+    load_tasks,
+    numbers_of,
+)
 from sso_lightning.errors import InputError
 
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["wren", "owl", "fox", "dog", "wizard", "potion", "bird", "poem"]
 DPO = {"class_path": "DPO"}
 OWN = """
@@ -27,10 +34,23 @@ def text_sum(doc, results):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory, request) -> Path:
-    """A model with as many embeddings as tokens: with `peft=` lm-eval cuts off what is more."""
+    """A model with as many embeddings as tokens: with `peft=` lm-eval cuts off what is more.
+
+    Its tokenizer has no padding token, as Llama's: lm-eval sets one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     conftest = request.config.pluginmanager.getplugin(str(Path(__file__).with_name("conftest.py")))
-    size = len(conftest.tiny_tokenizer())
-    return conftest.save_tiny(tmp_path_factory.mktemp("tiny") / "model", vocab_size=size)
+    folder, tokenizer = tmp_path_factory.mktemp("tiny") / "model", conftest.tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    conftest.tiny_config().save_pretrained(folder)  # Qwen2's class of tokenizers adds a token
+    size = len(AutoTokenizer.from_pretrained(folder))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(conftest.tiny_config(vocab_size=size))
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +95,8 @@ def tasks(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / f"{name}.yaml" for name in ("birds", "texts")}
 
 
-def config(folder: Path, model: Path, name: str, **benchmarks) -> Path:
-    """A LoRA run of two iterations of two steps."""
+def config(folder: Path, model: Path, name: str, *, change=None, **benchmarks) -> Path:
+    """A LoRA run of two iterations of two steps; `change` is laid over its settings for a model."""
     queries = folder / "queries.jsonl"
     queries.write_text("".join(f'{{"prompt": "Name {i} birds."}}\n' for i in range(4)))
     settings = {
@@ -102,6 +122,7 @@ def config(folder: Path, model: Path, name: str, **benchmarks) -> Path:
         },
         **({"benchmarks": benchmarks} if benchmarks else {}),
     }
+    settings["model"] |= change or {}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -117,6 +138,12 @@ def run(tiny_model, tasks, tmp_path_factory):
     path = config(folder, tiny_model, "with", tasks=names, batch_size=4)
     assert main(["fit", "--config", str(path)]) == 0
     return folder / "with"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -264,6 +291,58 @@ def test_a_run_that_goes_on_repeats_no_measurement_and_makes_up_for_a_lost_one(
     assert len(measured(part)) == 4
 
 
+def test_a_generator_phase_is_no_iteration(tiny_model, tasks, tmp_path, sso):
+    """Epochs 0 and 1 make iteration 1: nothing is measured between them, and the policy speaks."""
+    change = {
+        "generator": {"objective": {"class_path": "DataGenerator", "init_args": {"base": DPO}}}
+    }
+    path = config(tmp_path, tiny_model, "two", change=change, tasks=[str(tasks["texts"])])
+    status, _, err = sso("fit", "--config", path)
+    assert status == 0, err
+    folder = tmp_path / "two" / "evaluations" / "lm_eval"
+    assert sorted(p.name for p in folder.glob("*.json")) == [
+        "iteration-00.json",
+        "iteration-01.json",
+    ]
+    assert [
+        int(row["step"]) for row in rows(tmp_path / "two") if "lm_eval/texts/text_sum" in row
+    ] == [
+        0,
+        3,
+    ]
+    command = ["validate", "--config", path, "--benchmarks.batch_size=8"]
+    trained = scores(tmp_path / "two", "texts/text_sum", 1)
+    for checkpoint, iteration in (("iteration-00-*", 0), ("iteration-01-*", 1)):
+        (found,) = (tmp_path / "two" / "checkpoints").glob(checkpoint)
+        assert sso(*command, "--ckpt_path", found)[0] == 0
+        again = scores(tmp_path / "two", "texts/text_sum", iteration)
+        assert (again == trained) is (iteration == 1)
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_weights_find_what_one_finds(tiny_model, tasks, tmp_path, forks):
+    worker, port = Path(__file__).with_name("distributed_worker.py"), free_port()
+    path = config(tmp_path, tiny_model, "shards", tasks=[str(tasks["texts"])], batch_size=4)
+    options = ["--trainer.strategy=fsdp2", "--trainer.devices=2", "--trainer.max_epochs=1"]
+    jobs = [
+        {"argv": ["fit", "--config", str(path), *options, "--export.merge=true"]},
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    ranks |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "PATIENCE": 100}
+    started = [
+        forks.start(worker, tmp_path / "jobs.json", cwd=tmp_path, **ranks, RANK=r, LOCAL_RANK=r)
+        for r in range(2)
+    ]
+    ends = [process.wait(120) for process in started]
+    assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-3000:]
+    found = scores(tmp_path / "shards", "texts/text_sum", 1)
+    hand = by_hand({"texts": tasks["texts"]}, pretrained=str(tmp_path / "shards" / "export"))
+    assert math.fsum(found.values()) / 12 == pytest.approx(hand["texts/text_sum"], abs=1e-12)
+    last = [r for r in rows(tmp_path / "shards") if "lm_eval/texts/text_sum" in r][-1]
+    assert float(last["lm_eval/texts/text_sum"]) == pytest.approx(hand["texts/text_sum"], abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("settings", "iterations"),
     [({}, [0, 1, 2, 3, 4]), ({"every": 2}, [0, 2, 4]), ({"at": [1, 4]}, [1, 4])],
@@ -303,7 +382,13 @@ def test_results_become_metrics_and_scores_by_document():
     }
 
 
-def test_mistakes_are_one_line_before_weights_are_loaded(tiny_model, tasks, tmp_path, sso):
+def test_mistakes_are_one_line_before_weights_are_loaded(
+    tiny_model, tasks, tmp_path, monkeypatch, sso
+):
+    from lm_eval.tasks import TaskManager
+
+    small = TaskManager(include_path=tasks["birds"].parent, include_defaults=False)
+
     def says(**settings):
         status, _, err = sso("fit", "--config", config(tmp_path, tmp_path / "m", "bad", **settings))
         assert status == 2
@@ -314,10 +399,13 @@ def test_mistakes_are_one_line_before_weights_are_loaded(tiny_model, tasks, tmp_
         if file.suffix != ".safetensors":
             (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
     task = [str(tasks["birds"])]
-    assert says(tasks=["gsm8kk"]) == (
-        "error: benchmarks.tasks: there is no file and no lm-eval task gsm8kk (is it gsm8k?); "
-        "`lm-eval ls tasks` lists them"
-    )
+    # lm-eval's own 14,000 tasks take seconds to look through
+    with monkeypatch.context() as patch:
+        patch.setattr("sso_lightning.benchmarks._manager", lambda *key: {(None, True): small}[key])
+        assert says(tasks=["birdz"]) == (
+            "error: benchmarks.tasks: there is no file and no lm-eval task birdz (is it birds?); "
+            "`lm-eval ls tasks` lists them"
+        )
     assert says(tasks=task, every=0, limit=-1.0) == (
         "error: benchmarks.every must be at least 1; benchmarks.limit must be above 0"
     )
@@ -328,12 +416,54 @@ def test_mistakes_are_one_line_before_weights_are_loaded(tiny_model, tasks, tmp_
     )
 
 
+def test_recipes_name_tasks_that_lm_eval_has():
+    """The paper's: GPQA, MMLU-Pro, MATH, GSM8K, IFEval; starting them would need the hub."""
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    files = sorted((ROOT / "configs").glob("*/benchmarks.yaml"))
+    assert [path.parent.name for path in files] == ["llama31_8b", "qwen2_7b"]
+    own = Path(lm_eval.tasks.__file__).parent
+    folders = [own / name for name in ("gpqa", "mmlu_pro", "hendrycks_math", "gsm8k", "ifeval")]
+    known = TaskManager(include_path=folders, include_defaults=False).all_tasks
+    for path in files:
+        (settings,) = yaml.safe_load(path.read_text()).values()
+        Benchmarks(**settings)
+        assert len(settings["tasks"]) == 5
+        assert {*settings["tasks"]} <= {*known}
+
+
+@pytest.mark.slow
+def test_a_recipe_takes_the_benchmarks_as_a_second_file(tiny_model, tasks, tmp_path, sso):
+    command = ["fit", "--config", config(tmp_path, tiny_model, "both")]
+    command += ["--config", ROOT / "configs" / "qwen2_7b" / "benchmarks.yaml"]
+    command += [f"--benchmarks.tasks=[{tasks['texts']}]", "--trainer.max_epochs=1"]
+    status, _, err = sso(*command, "--benchmarks.limit=3")
+    assert status == 0, err
+    assert list(scores(tmp_path / "both", "texts/text_sum", 0)) == ["0", "1", "2"]
+
+
+def test_a_template_without_system_role_has_no_system_instruction(tiny_model, tasks, tmp_path, sso):
+    template = tmp_path / "plain.jinja"
+    template.write_text(
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    path = config(
+        tmp_path, tiny_model, "fold", tasks=[str(tasks["birds"])], system_instruction="Be brief."
+    )
+    status, _, err = sso("fit", "--config", path, f"--model.policy.chat_template={template}")
+    assert status == 2
+    says = "error: benchmarks.system_instruction: the chat template has no system role"
+    assert err.splitlines()[-1].startswith(says)
+
+
 def test_what_lm_eval_cannot_do_is_refused(tiny_model, tasks, tmp_path, monkeypatch, sso):
     unsafe = tmp_path / "unsafe.yaml"
     unsafe.write_text(tasks["birds"].read_text() + "unsafe_code: true\n")
     with pytest.raises(InputError, match="birds runs code that the model wrote"):
         load_tasks([str(unsafe)])
-    path = config(tmp_path, tiny_model, "fold", tasks=[str(unsafe).replace("un", "un")])
+    path = config(tmp_path, tiny_model, "fold", tasks=[str(unsafe)])
     monkeypatch.setattr("sso_lightning.benchmarks.find_spec", lambda name: None)
     status, _, err = sso("fit", "--config", path)
     assert status == 2
