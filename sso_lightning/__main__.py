@@ -30,6 +30,9 @@ commands:
   export-pairs  pairs for TRL, LLaMA-Factory, SFT or a reward model:
                 sso-lightning export-pairs RUN --to trl --out FILE
   report    one HTML page of runs, with alarms: sso-lightning report RUN [RUN ...] [--check]
+  judge     another model compares answers: sso-lightning judge RUN --base-url URL --model M
+  iterations  what each iteration changed, with intervals: sso-lightning iterations RUN
+  figure    signal accuracy and on-policyness of runs: sso-lightning figure RUN [RUN ...] --out FILE
   augment   new queries from seeds: sso-lightning augment SEEDS --model M --count N --out FILE
   generate  answers for AlpacaEval or MT-Bench:
             sso-lightning generate MODEL --to mt_bench --questions FILE --out FILE
@@ -70,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _export,
         "export-pairs": _export_pairs,
         "report": _report,
+        "judge": _judge,
+        "iterations": _iterations,
+        "figure": _figure,
         "augment": _augment,
         "generate": _generate,
         "schema": _schema,
@@ -77,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     command = commands.get(arguments[0])
     if command is None:
-        known = ", ".join(commands)
-        sys.stderr.write(f"error: unknown command {arguments[0]!r}; known: {known}\n")
+        sys.stderr.write(f"error: unknown command {arguments[0]!r}; see sso-lightning --help\n")
         return 2
     try:
         return command(arguments[1:])
@@ -172,6 +177,24 @@ def _sandbox(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     from sso_lightning.report.command import run
+
+    return run(arguments)
+
+
+def _judge(arguments: list[str]) -> int:
+    from sso_lightning.judge import run
+
+    return run(arguments)
+
+
+def _iterations(arguments: list[str]) -> int:
+    from sso_lightning.iterations import run
+
+    return run(arguments)
+
+
+def _figure(arguments: list[str]) -> int:
+    from sso_lightning.report.figure import run
 
     return run(arguments)
 

@@ -33,8 +33,10 @@ MAY_IMPORT = {
     "policy": {"errors", "sharding", "checkpoint_files"},
     "strategies": {"errors", "sharding", "checkpoint_files"},
     "runs": {"errors", "records"},
-    "evaluation": {"errors", "records"},
+    "evaluation": {"errors", "records", "sources"},
+    "iterations": {"errors", "evaluation"},
 }
+MAY_IMPORT["continuous"] = {"errors", "sampling", "sharding"}
 MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy", "progress"}
 MAY_IMPORT["engines"] = MAY_IMPORT["pairs"] | {"endpoint"}
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
@@ -56,6 +58,7 @@ MAY_IMPORT["benchmarks"] = {
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", "strategies"}
 MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward", "benchmarks"}
 MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
+MAY_IMPORT["judge"] = {"errors", "sources", "records", "formats", "endpoint", "evaluation"}
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 MAY_IMPORT["generate"] = {"errors", "records", "sources", "prompts", "policy", "sampling"}
 MAY_IMPORT["generate"].add("progress")
@@ -63,8 +66,10 @@ MAY_IMPORT["generate"].add("progress")
 MAY_IMPORT["schema"] = {"cli"}
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 MAY_IMPORT["__main__"].add("schema")
-MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report", "generate"}
+MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report"}
+MAY_IMPORT["__main__"] |= {"judge", "iterations", "generate"}
 REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
+REPORT.add("evaluation")
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
 NO_TORCH = (
@@ -81,6 +86,9 @@ NO_TORCH = (
     "rewardbench",
     "evaluation",
     "generate",
+    "iterations",
+    "judge",
+    "report.figure",
 )
 """Rooms that read files and texts only: importing them must stay cheap."""
 
