@@ -34,6 +34,8 @@ commands:
   iterations  what each iteration changed, with intervals: sso-lightning iterations RUN
   figure    signal accuracy and on-policyness of runs: sso-lightning figure RUN [RUN ...] --out FILE
   augment   new queries from seeds: sso-lightning augment SEEDS --model M --count N --out FILE
+  generate  answers for AlpacaEval or MT-Bench:
+            sso-lightning generate MODEL --to mt_bench --questions FILE --out FILE
   schema    JSON Schema of the YAML, for editors: sso-lightning schema --out schema.json
   sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
 
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "iterations": _iterations,
         "figure": _figure,
         "augment": _augment,
+        "generate": _generate,
         "schema": _schema,
         "sandbox": _sandbox,
     }
@@ -198,6 +201,13 @@ def _figure(arguments: list[str]) -> int:
 
 def _augment(arguments: list[str]) -> int:
     from sso_lightning.augment import run
+
+    sys.stdout.write(run(arguments))
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    from sso_lightning.generate import run
 
     sys.stdout.write(run(arguments))
     return 0

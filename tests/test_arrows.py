@@ -51,17 +51,23 @@ MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "che
 MAY_IMPORT["reward"] = MAY_IMPORT["module"] | {"module", "formats", "records", "sources"}
 MAY_IMPORT["rewardbench"] = {"errors", "sources", "records", "prompts", "policy", "scoring"}
 MAY_IMPORT["rewardbench"].add("reward")
+MAY_IMPORT["benchmarks"] = {
+    *("errors", "records", "evaluation", "processes", "sharding", "policy", "sampling", "module"),
+    "checkpoint_files",
+}
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", "strategies"}
-MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward"}
+MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward", "benchmarks"}
 MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
 MAY_IMPORT["judge"] = {"errors", "sources", "records", "formats", "endpoint", "evaluation"}
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
+MAY_IMPORT["generate"] = {"errors", "records", "sources", "prompts", "policy", "sampling"}
+MAY_IMPORT["generate"].add("progress")
 # commands are imported when they are called
 MAY_IMPORT["schema"] = {"cli"}
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 MAY_IMPORT["__main__"].add("schema")
 MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report"}
-MAY_IMPORT["__main__"] |= {"judge", "iterations"}
+MAY_IMPORT["__main__"] |= {"judge", "iterations", "generate"}
 REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
 REPORT.add("evaluation")
 
@@ -79,6 +85,7 @@ NO_TORCH = (
     "report.command",
     "rewardbench",
     "evaluation",
+    "generate",
     "iterations",
     "judge",
     "report.figure",
