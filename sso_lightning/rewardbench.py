@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from sso_lightning.errors import InputError, OneLineParser
 from sso_lightning.records import Message
@@ -358,14 +359,25 @@ def _check_head(path: str) -> None:
         raise InputError(f"policy.path: {path} is no reward model ({kind}); --policy scores it too")
 
 
-def reward_scorer(path: str, *, dtype: str = "auto", device: str = "cpu", batch: int = 8) -> Scorer:
+def as_loaded(model: Any) -> Any:
+    """Leave a model on the CPU."""
+    return model
+
+
+def reward_scorer(
+    path: str,
+    *,
+    dtype: str = "auto",
+    place: Callable[[Any], Any] = as_loaded,
+    batch: int = 8,
+) -> Scorer:
     """Scores by a reward model.
 
     Args:
         path: Folder or hub name of a sequence classifier with one label, or of a PEFT adapter of
             one, with a tokenizer that has a chat template.
         dtype: Type of the weights.
-        device: Where it runs.
+        place: Puts the model where it runs, whole or as this process's shard.
         batch: Prompts per call, with answers of like size.
     """
     import torch
@@ -373,16 +385,18 @@ def reward_scorer(path: str, *, dtype: str = "auto", device: str = "cpu", batch:
     from sso_lightning.policy import PolicyConfig, load_model, load_tokenizer, set_padding
     from sso_lightning.prompts import ChatRenderer
     from sso_lightning.reward import find_pad_id, rewards_of
+    from sso_lightning.sharding import uneven_calls
 
     config = PolicyConfig(path, dtype=dtype)  # type: ignore[arg-type]
     with _given_as("MODEL"):
         tokenizer = load_tokenizer(config)
         renderer = ChatRenderer(tokenizer)
         _check_head(path)
-        model = load_model(config, trainable=False, kind="reward").to(device)
+        model = load_model(config, trainable=False, kind="reward")
     set_padding(model, tokenizer, find_pad_id(renderer, tokenizer))
+    model = place(model)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(items: Sequence[Item]) -> list[list[float]]:
         groups = [
             [renderer.render_answered(item.messages, answer) for answer in item.answers]
@@ -390,11 +404,12 @@ def reward_scorer(path: str, *, dtype: str = "auto", device: str = "cpu", batch:
         ]
         order = sorted(range(len(items)), key=lambda i: -max(map(len, groups[i])))
         found: list[list[float]] = [[]] * len(items)
-        for start in _progress(range(0, len(order), batch)):
-            part = order[start : start + batch]
-            values = iter(rewards_of(model, [groups[i] for i in part]).tolist())
-            for index in part:
-                found[index] = [next(values) for _ in groups[index]]
+        with uneven_calls(model):
+            for start in _progress(range(0, len(order), batch)):
+                part = order[start : start + batch]
+                values = iter(rewards_of(model, [groups[i] for i in part]).tolist())
+                for index in part:
+                    found[index] = [next(values) for _ in groups[index]]
         return found
 
     return score
@@ -406,7 +421,7 @@ def implicit_scorer(
     *,
     beta: float = 0.1,
     dtype: str = "auto",
-    device: str = "cpu",
+    place: Callable[[Any], Any] = as_loaded,
     batch: int = 8,
 ) -> Scorer:
     """Scores by a policy as the reward model that it is (Rafailov et al. 2023, arXiv 2305.18290).
@@ -418,7 +433,7 @@ def implicit_scorer(
             log-probability per token.
         beta: Scale of these rewards; it does not change which answer is preferred.
         dtype: Type of the weights.
-        device: Where they run. One model is held at a time.
+        place: Puts a model where it runs, see `reward_scorer`. One is held at a time.
         batch: Prompts per call.
     """
     import torch
@@ -426,6 +441,7 @@ def implicit_scorer(
     from sso_lightning.policy import PolicyConfig, load_model, load_tokenizer
     from sso_lightning.prompts import ChatRenderer
     from sso_lightning.scoring import Tree, response_logps
+    from sso_lightning.sharding import uneven_calls
 
     configs = [PolicyConfig(name, dtype=dtype) for name in (path, reference) if name]  # type: ignore[arg-type]
     with _given_as("MODEL"):
@@ -436,7 +452,7 @@ def implicit_scorer(
         if other.template_hash != renderer.template_hash:
             raise InputError(f"--reference {reference}: its chat template is not that of {path}")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(items: Sequence[Item]) -> list[list[float]]:
         trees = [
             Tree(renderer.render(x.messages), [renderer.encode_response(a) for a in x.answers])
@@ -444,18 +460,62 @@ def implicit_scorer(
         ]
         sums = []
         for config in configs:
-            model = load_model(config, trainable=False).to(device)
-            parts = [
-                response_logps(model, trees[start : start + batch])
-                for start in _progress(range(0, len(trees), batch))
-            ]
-            sums.append(torch.cat([logps for logps, _ in parts]).cpu())
+            model = place(load_model(config, trainable=False))
+            with uneven_calls(model):
+                parts = [
+                    response_logps(model, trees[start : start + batch])
+                    for start in _progress(range(0, len(trees), batch))
+                ]
+            # of several processes one may have nothing to score
+            sums.append(torch.cat([torch.zeros(0), *(logps.cpu() for logps, _ in parts)]))
             del model
-        lengths = torch.cat([lengths for _, lengths in parts]).cpu()
+        lengths = torch.cat([torch.zeros(0), *(lengths.cpu() for _, lengths in parts)])
         values = beta * (sums[0] - sums[1]) if reference else sums[0] / lengths
         return _by_item(items, values.tolist())
 
     return score
+
+
+def spread(score: Scorer, items: Sequence[Item]) -> list[list[float]]:
+    """Let each process score its part; all of them get all scores."""
+    from sso_lightning.processes import Processes
+
+    here = Processes.current()
+    own: list[list[float]] = []
+    with here.together():
+        own = score(here.share(list(items)))
+    found: list[list[float]] = [[]] * len(items)
+    for rank, part in enumerate(here.gather(own)):
+        found[rank :: here.size] = part
+    return found
+
+
+def _launch(devices: int, strategy: str, device: str) -> tuple[Callable[[Any], Any], bool]:
+    """Start the processes with Fabric; what puts models in place, and whether this is process 0."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+
+    from sso_lightning.sharding import shard
+
+    if devices == 1:
+        return lambda model: model.to(device), True
+    sharded = ModelParallelStrategy(
+        lambda model, mesh: shard(model, mesh["data_parallel"]),
+        data_parallel_size=devices,
+        tensor_parallel_size=1,
+    )
+    fabric = Fabric(
+        accelerator=device, devices=devices, strategy=sharded if strategy == "fsdp2" else "ddp"
+    )
+    fabric.launch()
+    if strategy == "ddp":  # nothing is trained: every process has the whole model
+        return fabric.to_device, fabric.is_global_zero
+
+    def place(model: Any) -> Any:
+        fabric.setup_module(model)  # shards it in place
+        return model
+
+    return place, fabric.is_global_zero
 
 
 def _by_item(items: Sequence[Item], values: Sequence[float]) -> list[list[float]]:
@@ -496,11 +556,20 @@ def run(arguments: list[str]) -> int:
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, ...; a GPU if there is one")
+    parser.add_argument("--devices", type=int, default=1, help="processes, each with its part")
+    parser.add_argument(
+        "--strategy",
+        default="ddp",
+        choices=("ddp", "fsdp2"),
+        help="of several: the whole model on each, or sharded",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--scores", type=Path, help="also write every answer's score, .jsonl")
     given = parser.parse_args(arguments)
     if given.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {given.batch_size}")
+    if given.devices < 1:
+        raise InputError(f"--devices must be at least 1, got {given.devices}")
     if not (math.isfinite(given.beta) and given.beta > 0):
         raise InputError(f"--beta must be above 0, got {given.beta}")
     items = load_items(given.data)  # before seconds of imports and minutes of loading
@@ -509,12 +578,15 @@ def run(arguments: list[str]) -> int:
 
     logging.disable_progress_bar()
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"dtype": given.dtype, "device": device, "batch": given.batch_size}
+    place, first = _launch(given.devices, given.strategy, device)
+    options = {"dtype": given.dtype, "place": place, "batch": given.batch_size}
     if given.policy or given.reference:
         score = implicit_scorer(given.model, given.reference, beta=given.beta, **options)
     else:
         score = reward_scorer(given.model, **options)
-    scores = score(items)
+    scores = spread(score, items)
+    if not first:
+        return 0
     report = report_of(items, scores)
     if given.scores:
         _write_scores(given.scores, items, scores)

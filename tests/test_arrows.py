@@ -50,7 +50,7 @@ MAY_IMPORT["checkpoints"] = {"errors", "records", "runs", "checkpoint_files"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
 MAY_IMPORT["reward"] = MAY_IMPORT["module"] | {"module", "formats", "records", "sources"}
 MAY_IMPORT["rewardbench"] = {"errors", "sources", "records", "prompts", "policy", "scoring"}
-MAY_IMPORT["rewardbench"].add("reward")
+MAY_IMPORT["rewardbench"] |= {"reward", "processes", "sharding"}
 MAY_IMPORT["benchmarks"] = {
     *("errors", "records", "evaluation", "processes", "sharding", "policy", "sampling", "module"),
     "checkpoint_files",

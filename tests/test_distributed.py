@@ -245,6 +245,22 @@ Path({out!r}).write_text(json.dumps(losses))
 """
 
 
+BENCH = {"reward-sharded": "fsdp2", "policy-sharded": "fsdp2", "policy-whole": "ddp"}
+
+
+def bench(home, model, name):
+    """Command line that scores three prompts, an odd number, and writes their scores."""
+    rows = [
+        {"subset": "hep-go", "prompt": f"Ask {i}?", "chosen": "Yes, " * (i + 1), "rejected": "No."}
+        for i in range(3)
+    ]
+    (home / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    what = [home / "one-reward/export"] if "reward" in name else [model, "--policy"]
+    files = ["--data", home / "bench.jsonl", "--scores", home / f"{name}.jsonl"]
+    device = ["--device", "cpu", "--batch-size", "1", "--json"]
+    return ["rewardbench", *map(str, [*what, *files, *device])]
+
+
 def began(home, name, copy):
     """A copy of a run as it was after its first iteration."""
     folder = shutil.copytree(home / name, home / copy)
@@ -309,6 +325,10 @@ def runs(home, tiny_model, forks):
     example = str(WORKER.parent.parent / "examples/fabric_loop.py")
     names = {"example": example, "arguments": fabric, "out": str(home / "fabric.json")}
     jobs += [{"python": FABRIC.format(**names)}, {"python": ERRORS}]
+    jobs += [
+        {"argv": [*bench(home, tiny_model, name), "--devices", "2", "--strategy", strategy]}
+        for name, strategy in BENCH.items()
+    ]
     launch(jobs, home, forks)
     return home
 
@@ -441,6 +461,20 @@ def test_predict_on_two_processes_gives_the_pairs_of_one(runs, tiny_model):
     one, two = (load_records(runs / n / "pairs/predict") for n in ("tools-one", "tools"))
     assert [r.response_ids for r in two] == [r.response_ids for r in one]
     assert [r.policy + r.adapter for r in two] == [r.policy + r.adapter for r in one]
+
+
+@pytest.mark.parametrize("name", BENCH)
+def test_rewardbench_on_two_processes_of_fabric_gives_the_scores_of_one(runs, tiny_model, name):
+    """Three prompts on two processes, so that one of them calls a sharded model once less."""
+    assert main(*bench(runs, tiny_model, f"{name}-alone")) == 0
+    two, one = (
+        [json.loads(line) for line in (runs / f"{each}.jsonl").read_text().splitlines()]
+        for each in (name, f"{name}-alone")
+    )
+    assert len(one) == 3
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.pop("scores") == pytest.approx(theirs.pop("scores"), abs=1e-5)
+        assert ours == theirs
 
 
 def test_the_fabric_example_takes_the_trainers_steps(runs, tiny_model):
