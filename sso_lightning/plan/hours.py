@@ -35,6 +35,8 @@ class Shape:
         linear: Weights of the decoder's linear layers.
         adapters: Weights of the adapters on them.
         last: Weights of the last layer's MLP and output projection, which see scored tokens only.
+        adapters_last: The same of the adapters.
+        down: Weights of an MLP's second half, which nothing needs when it is computed again.
         head: Weights of the head.
         layers: Decoder layers.
         width: Heads times their width.
@@ -47,6 +49,8 @@ class Shape:
     linear: int
     adapters: int
     last: int
+    adapters_last: int
+    down: int
     head: int
     layers: int
     width: int
@@ -76,6 +80,8 @@ class Shape:
             linear=count(base.get_decoder()),
             adapters=count(base.get_decoder(), lora=True),
             last=count(last.mlp) + count(last.self_attn.o_proj),
+            adapters_last=count(last.mlp, lora=True) + count(last.self_attn.o_proj, lora=True),
+            down=count(last.mlp.down_proj),
             head=base.get_output_embeddings().weight.numel(),
             layers=config.num_hidden_layers,
             width=heads * width,
@@ -85,15 +91,18 @@ class Shape:
             checkpointing=made.policy.gradient_checkpointing,
         )
 
-    def linear_flops(self, tokens: float, scored: float, per_weight: int) -> float:
-        """Products of the base's linear layers, `per_weight` FLOPs for each weight and token."""
-        return per_weight * (self.linear * tokens - self.last * (tokens - scored))
+    def linear_flops(
+        self, tokens: float, scored: float, per_weight: int, per_adapter: int = 2
+    ) -> float:
+        """Products of the linear layers: FLOPs for each weight and token, of base and adapters."""
+        base = self.linear * tokens - self.last * (tokens - scored)
+        adapters = self.adapters * tokens - self.adapters_last * (tokens - scored)
+        return per_weight * base + per_adapter * adapters
 
     def forward(self, work: Work) -> float:
         """FLOPs of a pass without gradient."""
         return (
             self.linear_flops(work.tokens, work.scored, 2)
-            + 2 * self.adapters * work.tokens
             + 4 * self.width * self.layers * work.seen
             + 2 * self.head * work.scored
         )
@@ -102,17 +111,17 @@ class Shape:
         """FLOPs of a forward and a backward pass.
 
         A frozen weight takes two products (forward, and back to its input), a trained one three;
-        attention five (two and three, as its scores are made again); the head two forward (its
-        gradient is made there), and, trained, two more.
+        attention seven (two forward, and five back, as its scores are made again); the head two
+        forward (its gradient is made there) and, trained, two more. Under checkpointing all layers
+        but the last are computed once more.
         """
         again = (self.layers - 1) / self.layers if self.checkpointing else 0.0
-        weights = self.linear_flops(work.tokens, work.scored, 2 * (3 if self.full else 2))
+        weights = self.linear_flops(work.tokens, work.scored, 6 if self.full else 4, 6)
         weights += again * self.linear_flops(work.tokens, work.tokens, 2)
-        adapters = (6 + 2 * again) * self.adapters * work.tokens
-        attention = (2 + 5 + 2 * again) * 2 * self.width * self.layers * work.seen
-        return (
-            weights + adapters + attention + 2 * (4 if self.full else 2) * self.head * work.scored
-        )
+        if self.full:  # an adapter on it needs what comes in, so that it is computed again
+            weights -= again * 2 * self.down * self.layers * work.tokens
+        attention = (7 + 2 * again) * 2 * self.width * self.layers * work.seen
+        return weights + attention + (8 if self.full else 4) * self.head * work.scored
 
 
 @dataclass(frozen=True)
@@ -252,7 +261,7 @@ def costs(
         flops -= 2 * shape.head * prompts
         hours = None
         if rates.tflops is not None:
-            first = shape.linear_flops(prompts, prompts, 2) + 2 * shape.adapters * prompts
+            first = shape.linear_flops(prompts, prompts, 2)
             seconds = 3600 * (rates.hours(first) or 0.0)
             for epoch in epochs:
                 shards = math.ceil(epoch.queries / shard_size)

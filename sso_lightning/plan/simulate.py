@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -472,8 +473,9 @@ def optimizer_bytes(
                     made.step()
         except Exception as error:
             raise InputError(f"model.optimizer: {' '.join(str(error).split())}") from error
-        states = (t for t in tree_leaves(made.state_dict()["state"]) if isinstance(t, Tensor))
-        own = sum(t.untyped_storage().nbytes() for t in states if t.numel() >= rows)  # no counts
+        states = [t for t in tree_leaves(made.state_dict()["state"]) if isinstance(t, Tensor)]
+        shared = Counter(t.data_ptr() for t in states)  # tables belong to all; counts are small
+        own = sum(t.nbytes for t in states if t.numel() > 1 and shared[t.data_ptr()] == 1)
         kept += sum(numbers) * own // (8 * one)
         most = sum(Pass(births).peak().values())
         together = most > 4 * one * dtype.itemsize
