@@ -207,20 +207,26 @@ def test_gradients_of_the_step_before_are_there_until_the_backward_pass():
     assert all(parts["gradients"] >= found.gradients for parts in accumulated)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA()], ids=["all weights", "lora"])
-def test_two_shallow_models_stand_for_a_deep_one(lora):
-    policy, config = made_of(("llama", 9, 32, 80, 4, 2, 300), lora=lora)
-    policy = replace(policy, gradient_checkpointing=lora is not None)
-    trees = [Tree([5] * 20, [[6] * 30, [7] * 30])]
+@pytest.mark.parametrize(
+    ("lora", "again"), [(None, False), (None, True), (LoRA(), False), (LoRA(), True)]
+)
+def test_two_shallow_models_stand_for_a_deep_one(lora, again):
+    # wide MLPs: what one layer takes is more than what all keep for the backward pass
+    policy, config = made_of(
+        ("llama", 9, 32, 400, 4, 2, 300), lora=lora, gradient_checkpointing=again
+    )
+    trees = [Tree([5] * 90, [[6] * 30, [7] * 30])]
     mixed = Precision.of("bf16-mixed")
 
     def found(depth):
         return Simulation(policy, config, mixed, "cuda", depth).training(trees, None)
 
-    deep = Deep(tuple(found(depth) for depth in DEPTHS), 9)
+    whole, deep = found(None), Deep(tuple(found(depth) for depth in DEPTHS), 9)
     for how in ({}, {"kept": True}, {"kept": True, "accumulates": True}):
-        whole, guess = (sum(p.peak(**how).values()) for p in (found(None), deep))
-        assert guess == pytest.approx(whole, rel=1e-3)
+        for share in (1, 8):
+            one, other = (p.peak(**how, share=share) for p in (whole, deep))
+            assert sum(other.values()) == pytest.approx(sum(one.values()), rel=1e-3)
+            assert all(size >= 0 for size in other.values())
 
 
 def test_scoring_holds_no_more_for_a_larger_set():

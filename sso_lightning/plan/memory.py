@@ -359,7 +359,7 @@ def remedies(planner: Planner, run: Run) -> list[Remedy]:
 
     now = tried(run)
     single = [tried(changed, name) for name, changed in changes(run).items()]
-    helping = [remedy for remedy in single if remedy.bytes < now.bytes]
+    helping = [remedy for remedy in single if remedy.bytes < 0.99 * now.bytes]
     joint, best = run, now
     while not best.fits and not any(remedy.fits for remedy in single):
         # what the fullest phase does not notice may still be needed for the one after it

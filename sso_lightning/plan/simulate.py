@@ -81,6 +81,7 @@ class Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []  # number of the storage; bytes, negative at its end
         self._alive: dict[int, int] = {}
         self._sizes: list[int] = []
+        self._born: list[int] = []
         self._known = {t.untyped_storage()._cdata for t in known}
         self._label = ""
         self._labels: dict[int, str] = {}
@@ -105,6 +106,7 @@ class Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         number = self._alive[key] = len(self._sizes)
         self._sizes.append(storage.nbytes())
+        self._born.append(len(self.events))
         self.events.append((number, storage.nbytes()))
         if label:
             self._labels[number] = label
@@ -130,6 +132,10 @@ class Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if number is not None:
                 self._labels[number] = label
 
+    def born(self, tensor: Tensor) -> int:
+        """The event of a tensor's birth."""
+        return self._born[self._alive[tensor.untyped_storage()._cdata]]
+
     def parts(self) -> Iterator[tuple[int, str, int]]:
         """For each event: its place, the part of the storage ("activations" if unnamed), bytes."""
         for at, (number, size) in enumerate(self.events):
@@ -143,11 +149,14 @@ class Pass:
     Attributes:
         births: Its storages.
         backward_at: The event before which its backward pass began; None if it has none.
+        middle_at: The event of the first gradient of the first half of the layers, whose backward
+            pass is the second half.
         gradients: Bytes of the gradients that it leaves.
     """
 
     births: Births
     backward_at: int | None = None
+    middle_at: int | None = None
     gradients: int = 0
 
     def windows(
@@ -164,15 +173,14 @@ class Pass:
             accumulates: Whether they are added to.
             share: Processes that share the gradients.
         """
-        total = len(self.births.events)
-        begin = total if self.backward_at is None else self.backward_at
+        begin = self.backward_at
         now = {"gradients": self.gradients // share if kept else 0}
         best = [dict(now)]
         most, fresh = sum(now.values()), 0  # fresh: a gradient that was made and is not added yet
         for at, part, size in self.births.parts():
             if at == begin and not accumulates:
                 now["gradients"] = 0
-            if at in (begin, (begin + total) // 2):
+            if at in (begin, self.middle_at):
                 best.append(dict(now))
                 most = sum(now.values())
             if part == "gradients":
@@ -401,8 +409,13 @@ class Simulation:
             torch.autograd.backward(logps.sum())
             found = [p.grad for p in self.model.parameters() if p.grad is not None]
             births.name(found, "gradients")
-            made = Pass(births, backward_at, sum(gradient.nbytes for gradient in found))
-        del logps, found
+            layers = self._layers()
+            middle = layers[(len(layers) - 1) // 2]
+            early = [p.grad for p in middle.parameters() if p.grad is not None]
+            middle_at = min(map(births.born, early)) if len(layers) > 1 else None
+            kept = sum(gradient.nbytes for gradient in found)
+            made = Pass(births, backward_at, middle_at, kept)
+        del logps, found, early
         self.model.zero_grad(set_to_none=True)
         return made
 
