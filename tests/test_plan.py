@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from sso_lightning.policy import LoRA, PolicyConfig, make_trainable
 from sso_lightning.sampling import Request, TransformersSampler
 from sso_lightning.scoring import Tree, response_logps
 
+ROOT = Path(__file__).resolve().parent.parent
 SSO = SelfSteering(IPO(beta=0.2)).sequences
 # of config.json: type, layers, width, MLP width, heads, key heads, vocabulary
 QWEN2_7B = ("qwen2", 28, 3584, 18944, 28, 4, 152064)
@@ -162,25 +165,30 @@ def allocated(run):
 
 
 @pytest.mark.parametrize("lora", [None, LoRA()], ids=["all weights", "lora"])
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
-def test_the_plan_is_what_the_allocator_says(lora, again):
+@pytest.mark.parametrize(
+    ("again", "precision"), [(False, "32"), (True, "32"), (False, "bf16-mixed")]
+)
+def test_the_plan_is_what_the_allocator_says(lora, again, precision):
     policy, config = made_of(SMALL, lora=lora, gradient_checkpointing=again)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = make_trainable(base, policy).train()
-    made = Simulation(policy, config)
+    made = Simulation(policy, config, Precision.of(precision))
+    mixed = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision != "32")
     trees = [Tree([5] * n, [[6] * 60, [7] * 60]) for n in (20, 90, 90)]
 
     def train():
-        logps, _ = response_logps(model, trees)
+        with mixed():
+            logps, _ = response_logps(model, trees)
         logps.sum().backward()
 
     def score():
-        with torch.no_grad():
+        with torch.no_grad(), mixed():
             response_logps(model, trees, max_tokens=300)
 
     def sample():
         requests = [Request(str(i), [i] * 90, i) for i in range(8)]
-        TransformersSampler(max_new_tokens=4, max_rows=8).sample(model, requests, stop_ids=[])
+        with mixed():
+            TransformersSampler(max_new_tokens=4, max_rows=8).sample(model, requests, stop_ids=[])
 
     train()
     model.zero_grad()
@@ -531,6 +539,32 @@ def test_a_model_out_of_reach_is_planned_from_its_config(recipe, sso, tmp_path):
     assert any("no dry run" in note for note in found["notes"])
     assert found["memory"] == 80 * 10**9
     assert found["costs"]["training"]["hours"] > 0
+
+
+@pytest.mark.parametrize("name", ["sso_2024_qlora", "sso_2025"])
+def test_large_recipes_are_planned(name, sso, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_of("qwen2", 2, 128, 352, 4, 2, 2000)))
+    path = ROOT / "configs" / "qwen2_7b" / f"{name}.yaml"
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("".join(f'{{"prompt": "Why {i}?"}}\n' for i in range(9000)))
+    given = ["--data.queries", queries, "--model-config", file, "--json"]
+    status, out, _ = sso("plan", "--config", path, *given)
+    found = json.loads(out)
+    assert (status, found["problems"]) == (0, [])
+    assert found["queries"] == 9000
+    training = found["phases"]["training"]
+    # 2 V d in bfloat16 is not quantised
+    whole = 2 * 2 * 2000 * 128
+    linear = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)
+    if name == "sso_2025":
+        assert list(found["costs"]) == ["sampling", "scoring", "generator training", "training"]
+        assert training["weights"] > whole + 2 * linear
+        # four sequences of 8000 records, three prompts in all of 100 + 150 tokens
+        tokens = 2 * 250 + 4 * (2048 - 1)
+        assert found["costs"]["generator training"]["tokens"] == 8000 * tokens
+    else:
+        assert whole < training["weights"] < whole + 0.7 * linear + 10_000
 
 
 def test_finished_pairs_are_measured(recipe, sso, tmp_path):

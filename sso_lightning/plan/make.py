@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -262,7 +263,7 @@ def _run(
         batch_tokens=settings.data.max_tokens,
         call_tokens=module.max_tokens,
         score_tokens=pairs.score_tokens,
-        shard_size=pairs.shard_size,
+        shard_size=min(pairs.shard_size, *(_queries(settings, data, name) for name in trainings)),
         rows=ours.max_rows if ours else None,
         cache_tokens=ours.max_tokens if ours else 0,
         initial=pairs.reference == "initial",
@@ -271,14 +272,20 @@ def _run(
     )
 
 
+def _queries(settings: Settings, data: Data, name: str) -> int:
+    """Queries of an epoch; more than any run has, if that is not known."""
+    own = settings.data.generator if name == "generator training" else None
+    count = own.queries_per_iteration if own else settings.data.queries_per_iteration
+    return count or data.queries or sys.maxsize
+
+
 def _epochs(settings: Settings, data: Data, run: Run, devices: int) -> list[Epoch]:
     """The epochs of an iteration; none if the number of queries is not known."""
     given, epochs = settings.data, []
     for name, training in run.trainings.items():
         own = given.generator if name == "generator training" else None
-        count = own.queries_per_iteration if own else given.queries_per_iteration
-        queries = count or data.queries
-        if not queries:
+        queries = _queries(settings, data, name)
+        if queries == sys.maxsize:
             return []
         passes = (own and own.passes) or given.passes
         most = own.steps_per_iteration if own else given.steps_per_iteration

@@ -23,6 +23,7 @@ from sso_lightning.module import SSOModule
 from sso_lightning.plan.simulate import Kind, Precision
 from sso_lightning.runs import outputs_in
 from sso_lightning.sampling import TransformersSampler
+from sso_lightning.settings import check_file
 
 _UNMADE = ("logger", "callbacks", "profiler", "plugins", "barebones", "fast_dev_run")
 _GROUPS = ("data", "pairs", "guard", "checkpoint", "export", "terminal", "model")
@@ -184,13 +185,12 @@ def read(arguments: Sequence[str]) -> Settings:
 
 def _refuse_reward(arguments: Sequence[str]) -> None:
     for path in cli.configs(arguments):
-        if path.is_file():
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-            data = tree.get("data") if isinstance(tree, dict) else None
-            if isinstance(data, dict) and "sets" in data:
-                raise InputError(
-                    f"{path} trains a reward model, which plan does not know; it plans `fit`"
-                )
+        check_file(path)
+        data = yaml.safe_load(path.read_text(encoding="utf-8")).get("data")
+        if isinstance(data, dict) and "sets" in data:
+            raise InputError(
+                f"{path} trains a reward model, which plan does not know; it plans `fit`"
+            )
 
 
 def check(settings: Settings, devices: int) -> None:
@@ -209,6 +209,14 @@ def check(settings: Settings, devices: int) -> None:
     problems += data.problems("fit", module, steps)
     for key in SOURCES:
         attempt(partial(data.check_source, key))
+    made = [
+        str(c.class_path).rpartition(".")[2] for c in trainer.callbacks or () if "class_path" in c
+    ]
+    if made:
+        settings.notes.append(
+            f"callbacks are not made ({', '.join(made)}): a file that one writes when a run starts "
+            "must be there already"
+        )
     name, _ = settings.strategy
     alone = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2")
     if name not in alone:
