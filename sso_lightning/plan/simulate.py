@@ -471,27 +471,34 @@ def optimizer_bytes(
         counts.setdefault((p.dtype, p.numel() < _SMALL), []).append(p.numel())
     for (dtype, small), numbers in counts.items():
         rows = 8 if small else 128
-        probes = [nn.Parameter(torch.ones(rows, 64, dtype=dtype)) for _ in range(8)]
-        one = probes[0].numel()
-        try:
-            made = optimizer(probes)
-            for group in made.param_groups:
-                if kind == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
-                    group["foreach"] = True
-            for _ in range(2):  # states are born in the first step
-                for probe in probes:
-                    probe.grad = torch.ones_like(probe)
-                there = [*probes, *(p.grad for p in probes), *tree_leaves(made.state_dict())]
-                with Births(t for t in there if isinstance(t, Tensor)) as births:
-                    made.step()
-        except Exception as error:
-            raise InputError(f"model.optimizer: {' '.join(str(error).split())}") from error
-        states = [t for t in tree_leaves(made.state_dict()["state"]) if isinstance(t, Tensor)]
+        one = rows * 64
+        _, alone = _small_step(optimizer, 1, rows, dtype, kind)
+        states, most = _small_step(optimizer, 8, rows, dtype, kind)
         shared = Counter(t.data_ptr() for t in states)  # tables belong to all; counts are small
         own = sum(t.nbytes for t in states if t.numel() > 1 and shared[t.data_ptr()] == 1)
         kept += sum(numbers) * own // (8 * one)
-        most = sum(Pass(births).peak().values())
-        together = most > 4 * one * dtype.itemsize
-        whole = sum(numbers) / 8 if together else max(numbers)
-        extra = max(extra, round(most / one * whole))
+        together = most > 4 * alone
+        extra = max(extra, (most * sum(numbers) // 8 if together else alone * max(numbers)) // one)
     return kept, extra
+
+
+def _small_step(
+    optimizer: Callable[[Any], Optimizer], number: int, rows: int, dtype: torch.dtype, kind: Kind
+) -> tuple[list[Tensor], int]:
+    """States after a step of equal weights [rows, 64], and bytes that it takes on top."""
+    probes = [nn.Parameter(torch.ones(rows, 64, dtype=dtype)) for _ in range(number)]
+    try:
+        made = optimizer(probes)
+        for group in made.param_groups:
+            if kind == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
+                group["foreach"] = True
+        for _ in range(2):  # states are born in the first step
+            for probe in probes:
+                probe.grad = torch.ones_like(probe)
+            there = [*probes, *(p.grad for p in probes), *tree_leaves(made.state_dict())]
+            with Births(t for t in there if isinstance(t, Tensor)) as births:
+                made.step()
+    except Exception as error:
+        raise InputError(f"model.optimizer: {' '.join(str(error).split())}") from error
+    states = [t for t in tree_leaves(made.state_dict()["state"]) if isinstance(t, Tensor)]
+    return states, sum(Pass(births).peak().values())
