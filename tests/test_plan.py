@@ -509,17 +509,20 @@ def test_everything_wrong_is_told_at_once(recipe, sso):
     assert len(told.splitlines()) == len(overrides)
 
 
-def test_what_does_not_fit_is_told_with_what_would(recipe, sso):
-    status, out, _ = sso("plan", "--config", recipe, "--memory", "17MB")
-    assert status == 2
+def test_what_does_not_fit_is_told_with_what_would(recipe, capsys):
+    from sso_lightning.plan.make import make_plan
+    from sso_lightning.plan.show import show
+
+    plan = make_plan(["--config", str(recipe)], memory=17 * 10**6)
+    assert not plan.fine
+    assert plan.problems == []
+    assert plan.peak[1] > 17e6
+    assert all(remedy.bytes < plan.peak[1] for remedy in plan.remedies)
+    assert any(remedy.fits for remedy in plan.remedies)
+    show(plan)
+    out = capsys.readouterr().out
     assert "IT DOES NOT FIT" in out
     assert "What would take less" in out
-    status, out, _ = sso("plan", "--config", recipe, "--memory", "17MB", "--json")
-    found = json.loads(out)
-    assert found["problems"] == []
-    assert found["peak"][1] > 17e6
-    assert all(remedy["bytes"] < found["peak"][1] for remedy in found["remedies"])
-    assert any(remedy["fits"] for remedy in found["remedies"])
 
 
 def test_a_model_out_of_reach_is_planned_from_its_config(recipe, sso, tmp_path):
