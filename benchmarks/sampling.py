@@ -13,6 +13,7 @@ tokens of rows that have ended are not counted for anybody.
 | `ours-6` | `TransformersSampler` with six slots |
 | `generate` | one `generate` call of all rows, left-padded |
 | `generate-6` | `generate` in calls of six rows |
+| `continuous` | transformers' continuous batching, through `ContinuousBatchingSampler` |
 
 With `--samples K` every prompt is asked K times: `generate` gets `num_return_sequences=K`, and the
 slots prefill each prompt once.
@@ -33,6 +34,7 @@ import torch
 from step import MODELS, Case, Settings, make_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from sso_lightning.continuous import ContinuousBatchingSampler
 from sso_lightning.sampling import Request, TransformersSampler
 
 
@@ -61,6 +63,12 @@ def make_requests(vocabulary: int, prompts: int, samples: int) -> list[Request]:
 def ours(model: Any, requests: list[Request], rows: int) -> list[list[int]]:
     """Answer by slots."""
     sampler = TransformersSampler(temperature=0, max_rows=rows)
+    return [sample.ids for sample in sampler.sample(model, requests, stop_ids=[])]
+
+
+def continuous(model: Any, requests: list[Request], rows: int) -> list[list[int]]:
+    """Answer by transformers' own scheduler."""
+    sampler = ContinuousBatchingSampler(temperature=0, max_rows=rows)
     return [sample.ids for sample in sampler.sample(model, requests, stop_ids=[])]
 
 
@@ -111,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    settings = Settings(args.device, args.dtype, False, args.threads)
+    settings = Settings(args.device, args.dtype, checkpointing=False, threads=args.threads)
     model = make_model(Case(args.model, 1), settings)
     requests = make_requests(MODELS[args.model][0], args.prompts, args.samples)
     everything = len(requests)
@@ -121,6 +129,7 @@ def main() -> None:
         f"ours-{six}": lambda: ours(model, requests, six),
         "generate": lambda: generate(model, requests, everything, args.samples),
         f"generate-{six}": lambda: generate(model, requests, six, args.samples),
+        "continuous": lambda: continuous(model, requests, everything),
     }
     variants = {name: run for name, run in variants.items() if name in (args.variants or variants)}
     tokens = sum(r.max_new_tokens or 0 for r in requests)

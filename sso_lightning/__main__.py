@@ -32,7 +32,12 @@ commands:
   report    one HTML page of runs, with alarms: sso-lightning report RUN [RUN ...] [--check]
   plan      memory, hours and a dry run, before a weight is loaded:
             sso-lightning plan --config configs/qwen2_7b/sso_2024.yaml --devices 8
+  judge     another model compares answers: sso-lightning judge RUN --base-url URL --model M
+  iterations  what each iteration changed, with intervals: sso-lightning iterations RUN
+  figure    signal accuracy and on-policyness of runs: sso-lightning figure RUN [RUN ...] --out FILE
   augment   new queries from seeds: sso-lightning augment SEEDS --model M --count N --out FILE
+  generate  answers for AlpacaEval or MT-Bench:
+            sso-lightning generate MODEL --to mt_bench --questions FILE --out FILE
   schema    JSON Schema of the YAML, for editors: sso-lightning schema --out schema.json
   sandbox   make the demo's tiny model and queries: sso-lightning sandbox --out DIR
 
@@ -71,14 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export-pairs": _export_pairs,
         "report": _report,
         "plan": _plan,
+        "judge": _judge,
+        "iterations": _iterations,
+        "figure": _figure,
         "augment": _augment,
+        "generate": _generate,
         "schema": _schema,
         "sandbox": _sandbox,
     }
     command = commands.get(arguments[0])
     if command is None:
-        known = ", ".join(commands)
-        sys.stderr.write(f"error: unknown command {arguments[0]!r}; known: {known}\n")
+        sys.stderr.write(f"error: unknown command {arguments[0]!r}; see sso-lightning --help\n")
         return 2
     try:
         return command(arguments[1:])
@@ -173,8 +181,33 @@ def _plan(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _judge(arguments: list[str]) -> int:
+    from sso_lightning.judge import run
+
+    return run(arguments)
+
+
+def _iterations(arguments: list[str]) -> int:
+    from sso_lightning.iterations import run
+
+    return run(arguments)
+
+
+def _figure(arguments: list[str]) -> int:
+    from sso_lightning.report.figure import run
+
+    return run(arguments)
+
+
 def _augment(arguments: list[str]) -> int:
     from sso_lightning.augment import run
+
+    sys.stdout.write(run(arguments))
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    from sso_lightning.generate import run
 
     sys.stdout.write(run(arguments))
     return 0

@@ -73,6 +73,17 @@ def checkpoint_step(path: Path) -> int:
     return step
 
 
+def checkpoint_epochs(path: Path) -> int | None:
+    """Epochs that were done when a checkpoint was saved; None if it was within one.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    progress = _read(path)["loops"]["fit_loop"]["epoch_progress"]["current"]
+    done: int = progress["processed"]
+    return done if progress["ready"] == done else None
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A file, or a folder without its tensors."""
     found = path / _REST if path.is_dir() else path

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
+from sso_lightning.benchmarks import Benchmarks
 from sso_lightning.callbacks import ExportPolicy, Guard, RegeneratePairs
 from sso_lightning.checkpoint_files import check_checkpoint, is_checkpoint
 from sso_lightning.checkpoints import Checkpoints, RunState, newest_whole
@@ -67,6 +68,8 @@ class SSOCLI(LightningCLI):
             parser.add_lightning_class_args(RegeneratePairs, "pairs")
             parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        if self.makes_pairs:  # after the checkpoints: both are called in this order
+            parser.add_lightning_class_args(Benchmarks, "benchmarks")
         parser.add_lightning_class_args(ExportPolicy, "export")
         parser.add_lightning_class_args(Terminal, "terminal")
         parser.add_argument(
@@ -208,7 +211,6 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 1,
-    "callbacks": [RunState()],
 }
 
 
@@ -220,9 +222,13 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*The dirpath has changed from.*")
+    # a run without held-out queries validates nothing
+    warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings(
         "ignore", message=r".*Checkpoint directory .* exists and is not empty.*"
     )
+    # no held-out sets
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero.*")
     # what is logged was gathered from all processes by torchmetrics
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
@@ -260,8 +266,9 @@ def run(argv: Sequence[str], cli: type[SSOCLI] = SSOCLI) -> SSOCLI:
 
 def make(cli: type[SSOCLI], argv: Sequence[str]) -> SSOCLI:
     """Make the command line, which parses and runs."""
+    # anew for every command of a process: what `validate` restores is not the next fit's;
     # what a run that makes pairs is guarded from has settings of its own
-    always = TRAINER_DEFAULTS["callbacks"] if cli.makes_pairs else [RunState(), Guard()]
+    always = [RunState()] if cli.makes_pairs else [RunState(), Guard()]
     return cli(
         *cli.parts,
         save_config_callback=SaveConfig,

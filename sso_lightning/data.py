@@ -7,6 +7,7 @@ a function of (seed, epoch) alone, so a resumed run sees the same batches in the
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -253,8 +254,67 @@ def plan_batches(
     return turns
 
 
-class PlannedBatches(Dataset[PairBatch]):
-    """A planned epoch of one process: item i is its i-th batch, collated."""
+class Planned(Dataset[Any]):
+    """A planned epoch of one process: item i is its i-th batch.
+
+    A batch has a `scale`, the factor on its mean loss that makes an optimizer step the mean over
+    all that is in it, and `closes_step`.
+    """
+
+    def __init__(
+        self,
+        turns: Sequence[Sequence[Sequence[int]]],
+        accumulate: int = 1,
+        limit: int | None = None,
+        rank: int = 0,
+        padding: int = 0,
+    ) -> None:
+        """Plan an epoch.
+
+        Args:
+            turns: Indices of each batch of every process, as `plan_batches` gives them.
+            accumulate: Batches per optimizer step.
+            limit: Batches that will be asked for, if not all.
+            rank: This process.
+            padding: Batches at the end that do not count (their scale is 0): the processes of a
+                sharded model must call it equally often.
+        """
+        self.turns = turns
+        self.accumulate = accumulate
+        self.limit = min(len(turns), limit or len(turns))
+        self.rank = rank
+        self.padding = padding
+
+    def collate(self, indices: Sequence[int]) -> Any:
+        """The batch of some indices."""
+        raise NotImplementedError
+
+    def weight(self, indices: Sequence[int]) -> float:
+        """How much a batch counts within its step."""
+        return len(indices)
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        turn = self.turns[index]
+        batch = self.collate(turn[self.rank])
+        first = index - index % self.accumulate
+        window = self.turns[first : min(first + self.accumulate, self.limit)]
+        # the trainer divides every loss by `accumulate`, also in a last, shorter window, and the
+        # sum over the processes by their number
+        of_step = math.fsum(self.weight(other) for each in window for other in each)
+        batch.scale = self.weight(turn[self.rank]) / of_step * self.accumulate * len(turn)
+        if index >= len(self) - self.padding:
+            batch.scale = 0.0
+        batch.closes_step = index + 1 == min(first + self.accumulate, self.limit)
+        return batch
+
+
+class PlannedBatches(Planned):
+    """Batches of records."""
 
     def __init__(
         self,
@@ -267,46 +327,53 @@ class PlannedBatches(Dataset[PairBatch]):
         token_sequences: Sequences = (),
         padding: int = 0,
     ) -> None:
-        """Plan an epoch.
+        """See `Planned`.
 
         Args:
             records: The set.
-            turns: Indices of each batch of every process, as `plan_batches` gives them.
+            turns: See there.
             sequences: What the objective needs.
-            accumulate: Batches per optimizer step.
-            limit: Batches that will be asked for, if not all.
-            rank: This process.
+            accumulate: See there.
+            limit: See there.
+            rank: See there.
             token_sequences: What the objective needs token by token.
-            padding: Batches at the end that do not count (their scale is 0): the processes of a
-                sharded model must call it equally often.
+            padding: See there.
         """
-        self.padding = padding
+        super().__init__(turns, accumulate, limit, rank, padding)
         self.records = records
-        self.turns = turns
         self.sequences = sequences
-        self.accumulate = accumulate
-        self.limit = min(len(turns), limit or len(turns))
-        self.rank = rank
         self.token_sequences = token_sequences
 
-    def __len__(self) -> int:
-        return len(self.turns)
+    def collate(self, indices: Sequence[int]) -> PairBatch:
+        """Collated records."""
+        records = [self.records[i] for i in indices]
+        return collate(records, self.sequences, self.token_sequences)
 
-    def __getitem__(self, index: int) -> PairBatch:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        mine = self.turns[index][self.rank]
-        batch = collate([self.records[i] for i in mine], self.sequences, self.token_sequences)
-        first = index - index % self.accumulate
-        window = self.turns[first : min(first + self.accumulate, self.limit)]
-        # the trainer divides every loss by `accumulate`, also in a last, shorter window, and the
-        # sum over the processes by their number
-        share = len(mine) / sum(len(other) for turn in window for other in turn)
-        batch.scale = share * self.accumulate * len(self.turns[index])
-        if index >= len(self) - self.padding:
-            batch.scale = 0.0
-        batch.closes_step = index + 1 == min(first + self.accumulate, self.limit)
-        return batch
+
+def held_out_turns(
+    count: int, size: int, rank: int, world: int
+) -> tuple[list[list[Sequence[int]]], int]:
+    """Batches of a process over a held-out set, and how many at their end are only padding.
+
+    With fewer items than processes each one takes them all: none is left without metrics, and the
+    mean over copies is the mean.
+    """
+    order = range(rank, count, world) if world <= count else range(count)
+    turns: list[list[Sequence[int]]] = [[order[i : i + size]] for i in range(0, len(order), size)]
+    most = count if world > count else -(-count // world)
+    padding = -(-most // size) - len(turns)
+    return turns + turns[-1:] * padding, padding
+
+
+def loader(planned: Planned, start: int, seed: int, num_workers: int) -> DataLoader[Any]:
+    """A loader of planned batches, from number `start` on."""
+    # a loader draws a seed when it starts: from a generator of its own, or a resumed run, which
+    # starts another number of loaders, would go on with other random numbers
+    own = torch.Generator().manual_seed(seed)
+    order = _From(start, len(planned))
+    return DataLoader(
+        planned, batch_size=None, sampler=order, num_workers=num_workers, generator=own
+    )
 
 
 class _From(Sampler[int]):
@@ -554,26 +621,14 @@ class SSODataModule(pl.LightningDataModule):
         return sequences
 
     def _loader(self, dataset: PlannedBatches, start: int = 0) -> DataLoader[PairBatch]:
-        order = _From(start, len(dataset))
-        # a loader draws a seed when it starts: from a generator of its own, or a resumed run, which
-        # starts another number of loaders, would go on with other random numbers
-        own = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            dataset, batch_size=None, sampler=order, num_workers=self.num_workers, generator=own
-        )
+        return loader(dataset, start, self.seed, self.num_workers)
 
     def _held_out(self, records: Sequence[Record]) -> DataLoader[PairBatch]:
         rank, world = self._trainer.global_rank, self._trainer.world_size
-        # with fewer records than processes each one takes them all: none is left without metrics,
-        # and the mean over copies is the mean
-        order = range(rank, len(records), world) if world <= len(records) else range(len(records))
-        size = self.val_batch_size
-        turns = [[order[i : i + size]] for i in range(0, len(order), size)]
-        most = len(records) if world > len(records) else -(-len(records) // world)
-        padding = -(-most // size) - len(turns)
+        turns, padding = held_out_turns(len(records), self.val_batch_size, rank, world)
         planned = PlannedBatches(
             records,
-            turns + turns[-1:] * padding,
+            turns,
             self._sequences,
             token_sequences=self._module.objective.token_sequences,
             padding=padding,

@@ -19,6 +19,7 @@ from sso_lightning.records import (
     MARKS,
     Message,
     Record,
+    iteration_sets,
     load_records,
     replace_file,
     write_records,
@@ -209,13 +210,13 @@ def records_of(source: str, iteration: int | None = None) -> list[Record]:
     """
     path = Path(source)
     if not is_hub(source) and (path / "pairs").is_dir():
-        sets = sorted((path / "pairs").glob("iteration-*"))
+        sets = iteration_sets(path)
         if not sets:
             others = ", ".join(sorted(f"pairs/{p.name}" for p in (path / "pairs").iterdir()))
             raise InputError(
                 f"{path}: no pairs of an iteration; give one of {others or 'its sets'}"
             )
-        records = [record for folder in sets for record in load_records(folder)]
+        records = [record for folder in sets.values() for record in load_records(folder)]
     else:
         records = load_records(source)
     if iteration is not None:

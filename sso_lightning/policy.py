@@ -154,9 +154,14 @@ def vocabulary_size(config: PolicyConfig) -> int | None:
 
     Read without the weights, so that token ids can be checked before those are loaded.
     """
+    size: int | None = getattr(_config(config).get_text_config(), "vocab_size", None)
+    return size
+
+
+def _config(config: PolicyConfig) -> Any:
     from transformers import AutoConfig
 
-    found = _from_hub(
+    return _from_hub(
         "policy.path",
         "config",
         config.path,
@@ -164,8 +169,23 @@ def vocabulary_size(config: PolicyConfig) -> int | None:
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         ),
     )
-    size: int | None = getattr(found.get_text_config(), "vocab_size", None)
-    return size
+
+
+def _check_reward(config: PolicyConfig) -> None:
+    """Refuse what cannot become a reward model, where transformers would speak of its own parts."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
+
+    found = _config(config)
+    if type(found) not in KNOWN and not config.trust_remote_code:
+        raise InputError(
+            f"policy.path: transformers has no sequence classifier of {found.model_type!r} models"
+        )
+    is_classifier = any("SequenceClassification" in name for name in found.architectures or ())
+    if is_classifier and found.num_labels != 1:
+        raise InputError(
+            f"policy.path: {config.path} tells {found.num_labels} labels apart; a reward model has "
+            "one (num_labels)"
+        )
 
 
 def load_model(
@@ -198,6 +218,7 @@ def load_model(
             config, ["score"] if kind == "reward" else None
         )
     if kind == "reward":
+        _check_reward(config)
         options["num_labels"] = 1
     model = _from_hub(
         "policy.path",
@@ -205,6 +226,11 @@ def load_model(
         config.path,
         lambda: loader.from_pretrained(config.path, **options),
     )
+    for module in model.modules():
+        # On CPUs with bfloat16 products bitsandbytes would lay 4-bit weights out anew, in place, at
+        # the first call in eval mode: that has no gradient, and fails where a block spans rows.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if config.adapter:
         from peft import PeftConfig, PeftModel
 

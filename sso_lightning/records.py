@@ -657,6 +657,15 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
 _MANIFEST = "manifest.json"
 
 
+def iteration_sets(run: Path) -> dict[int, Path]:
+    """The sets that a run's iterations trained on, by number and in order.
+
+    Sets that were replaced, when the run went back to an earlier checkpoint, are not among them.
+    """
+    named = {folder.name.partition("-")[2]: folder for folder in run.glob("pairs/iteration-*")}
+    return dict(sorted((int(name), path) for name, path in named.items() if name.isdecimal()))
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One written shard: file name, number of records, checksum, and what the writer noted."""

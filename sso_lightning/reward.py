@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,15 +25,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from sso_lightning.data import _From, plan_batches
+from sso_lightning.data import Planned, held_out_turns, loader, plan_batches
 from sso_lightning.errors import InputError
 from sso_lightning.formats import COMPARED, records_of
 from sso_lightning.module import Schedule, SSOModule, _Gathered
 from sso_lightning.policy import PolicyConfig, load_model, set_padding
 from sso_lightning.prompts import ChatRenderer
 from sso_lightning.records import Record, load_records, stream_seed
+from sso_lightning.scoring import Tree, response_rewards, shares_prompts
 from sso_lightning.sources import rows_of
 
 log = logging.getLogger("sso_lightning")
@@ -95,10 +97,9 @@ def find_pad_id(renderer: ChatRenderer, tokenizer: Any, name: str | None = None)
     last = renderer.render_answered([{"role": "user", "content": "?"}], "!")[-1]
     fitting = [i for i in found if i != last and i not in renderer.stop_ids]
     if not fitting:
-        raise InputError(
-            "model.pad_token: the tokenizer has no padding token that does not also end answers; "
-            f"name one of its tokens that no text holds (has {tokenizer.pad_token!r})"
-        )
+        given = name or tokenizer.pad_token
+        why = f"{given!r} ends answers as well" if given else "the tokenizer has none"
+        raise InputError(f"model.pad_token: {why}; name one of its tokens that no text holds")
     return int(fitting[0])
 
 
@@ -118,13 +119,33 @@ def padded(rows: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> di
     }
 
 
-def rewards_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rewards [rows] of conversations, at least float32.
+def tree_of(rows: Sequence[list[int]]) -> Tree:
+    """What rows of token ids begin with, and how each goes on, by one token at least.
+
+    >>> tree_of([[5, 6, 7], [5, 6, 8, 9]])
+    Tree(prompt=[5, 6], responses=[[7], [8, 9]])
+    """
+    alike = takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
+    width = min(len([*alike]), min(map(len, rows)) - 1)
+    return Tree(rows[0][:width], [row[width:] for row in rows])
+
+
+def rewards_of(model: Any, groups: Sequence[Sequence[list[int]]]) -> Tensor:
+    """Rewards of conversations, those of a group being answers to the same prompt.
+
+    The prompt is computed once where the architecture is proven for that, see `scoring`; others
+    take plain padded rows.
 
     Args:
         model: A sequence classifier with one label and a padding token, wrapped by PEFT or not.
-        rows: Token ids of whole conversations.
+        groups: Token ids of whole conversations.
+
+    Returns:
+        Rewards of all conversations of all groups, in order; at least float32.
     """
+    if shares_prompts(model):
+        return response_rewards(model, [tree_of(rows) for rows in groups])
+    rows = [row for group in groups for row in group]
     inputs = padded(rows, model.config.pad_token_id, next(model.parameters()).device)
     logits: Tensor = model(**inputs, use_cache=False).logits.squeeze(-1)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -165,8 +186,8 @@ class PairSet:
             wrong.append(f"weight must be above 0, got {self.weight}")
         if self.limit is not None and self.limit < 1:
             wrong.append(f"limit must be at least 1, got {self.limit}")
-        if self.columns and self.iteration is not None:
-            wrong.append("columns are for data of others, iteration is for our own")
+        if self.iteration is not None and (self.columns or self.margin):
+            wrong.append("columns and margin are for data of others, iteration is for our own")
         if wrong:
             raise InputError(f"data.sets: {self.path}: {'; '.join(wrong)}")
 
@@ -177,19 +198,16 @@ class PairSet:
 
     def read(self) -> tuple[list[Record], list[float]]:
         """All of its records, and their margins (0 where there is no such column)."""
-        records = load_records(self.path, self.columns) if self.columns else records_of(self.path)
-        margins = [0.0] * len(records)
-        if self.margin:
-            rows = rows_of(self.path)
-            if len(rows) != len(records):  # a run folder holds more than its pairs
-                raise InputError(f"data.sets: {self.path}: margin {self.margin!r} needs a file")
-            margins = [_number(row.get(self.margin), row.what(self.margin)) for row in rows]
-        if self.iteration is not None:
-            kept = [i for i, r in enumerate(records) if r.iteration == self.iteration]
-            if not kept:
-                raise InputError(f"{self.path}: no record of iteration {self.iteration}")
-            records, margins = [records[i] for i in kept], [margins[i] for i in kept]
-        return records, margins
+        if self.columns:
+            records = load_records(self.path, self.columns)
+        else:
+            records = records_of(self.path, self.iteration)
+        if not self.margin:
+            return records, [0.0] * len(records)
+        rows = rows_of(self.path)
+        if len(rows) != len(records):  # a run folder holds more than its pairs
+            raise InputError(f"data.sets: {self.path}: margin {self.margin!r} needs a file")
+        return records, [_number(row.get(self.margin), row.what(self.margin)) for row in rows]
 
 
 def _number(value: Any, what: str) -> float:
@@ -214,7 +232,7 @@ class RewardPair:
 
     @property
     def size(self) -> int:
-        """Tokens that the pair fills, padding included."""
+        """Tokens of two rows as long as the longer one; a shared prompt takes fewer."""
         return 2 * max(len(self.chosen), len(self.rejected))
 
 
@@ -255,7 +273,7 @@ class RewardBatch:
 
     Attributes:
         ids: Record ids, for error messages.
-        rows: Token ids of all better conversations, then of all worse ones.
+        rows: Token ids of each pair's better and worse conversation.
         margin: Margins [pairs].
         weight: Factors on the pairs' losses [pairs].
         scale: Factor on the batch's weighted mean that makes an optimizer step the weighted mean
@@ -265,7 +283,7 @@ class RewardBatch:
 
     def __init__(self, pairs: Sequence[RewardPair]) -> None:
         self.ids = [pair.id for pair in pairs]
-        self.rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        self.rows = [(pair.chosen, pair.rejected) for pair in pairs]
         self.margin = torch.tensor([pair.margin for pair in pairs])
         self.weight = torch.tensor([pair.weight for pair in pairs])
         self.scale = 1.0
@@ -277,46 +295,21 @@ class RewardBatch:
         return self
 
 
-class _Batches(Dataset[RewardBatch]):
-    """The planned batches of one process: item i is its i-th one."""
+class _Batches(Planned):
+    """Batches of pairs, which count by the pairs' weights."""
 
-    def __init__(
-        self,
-        pairs: Sequence[RewardPair],
-        turns: Sequence[Sequence[Sequence[int]]],
-        rank: int = 0,
-        accumulate: int = 1,
-        limit: int | None = None,
-        padding: int = 0,
-    ) -> None:
-        """See `data.PlannedBatches`."""
+    def __init__(self, pairs: Sequence[RewardPair], *planned: Any, **more: Any) -> None:
+        """See `data.Planned`."""
+        super().__init__(*planned, **more)
         self.pairs = pairs
-        self.turns = turns
-        self.rank = rank
-        self.accumulate = accumulate
-        self.limit = min(len(turns), limit or len(turns))
-        self.padding = padding
 
-    def __len__(self) -> int:
-        return len(self.turns)
+    def collate(self, indices: Sequence[int]) -> RewardBatch:
+        """The pairs of some indices."""
+        return RewardBatch([self.pairs[i] for i in indices])
 
-    def _weight(self, indices: Iterable[int]) -> float:
+    def weight(self, indices: Sequence[int]) -> float:
+        """The sum of their weights."""
         return math.fsum(self.pairs[i].weight for i in indices)
-
-    def __getitem__(self, index: int) -> RewardBatch:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        turn = self.turns[index]
-        batch = RewardBatch([self.pairs[i] for i in turn[self.rank]])
-        first = index - index % self.accumulate
-        window = self.turns[first : min(first + self.accumulate, self.limit)]
-        # the trainer divides by `accumulate`, and the sum over the processes by their number
-        of_step = math.fsum(self._weight(other) for each in window for other in each)
-        batch.scale = self._weight(turn[self.rank]) / of_step * self.accumulate * len(turn)
-        if index >= len(self) - self.padding:
-            batch.scale = 0.0
-        batch.closes_step = index + 1 == min(first + self.accumulate, self.limit)
-        return batch
 
 
 class RewardDataModule(pl.LightningDataModule):
@@ -380,7 +373,7 @@ class RewardDataModule(pl.LightningDataModule):
         if stage == "fit" and not self._train:
             self._train = [p for each in self.sets for p in self._pairs(each, renderer)]
         if stage != "fit" and not self.val_sets:
-            raise InputError(f"set data.val_sets to {stage}")
+            raise InputError("data.val_sets: give at least one set to measure on")
         if not self._val:
             self._val = [self._pairs(each, renderer) for each in self.val_sets]
 
@@ -399,9 +392,9 @@ class RewardDataModule(pl.LightningDataModule):
         batches = _Batches(
             self._train,
             turns,
-            trainer.global_rank,
-            trainer.accumulate_grad_batches,
-            limit if isinstance(limit, int) else int(limit * len(turns)),
+            accumulate=trainer.accumulate_grad_batches,
+            limit=limit if isinstance(limit, int) else int(limit * len(turns)),
+            rank=trainer.global_rank,
         )
         return self._loader(batches, self.batches_done(trainer.current_epoch))
 
@@ -478,26 +471,11 @@ class RewardDataModule(pl.LightningDataModule):
 
     def _held_out(self, pairs: Sequence[RewardPair]) -> DataLoader[RewardBatch]:
         rank, world = self._trainer.global_rank, self._trainer.world_size
-        # with fewer pairs than processes each one takes them all: the mean over copies is the mean
-        few = world > len(pairs)
-        order = range(len(pairs)) if few else range(rank, len(pairs), world)
-        size = self.batch_size
-        turns = [[order[i : i + size]] for i in range(0, len(order), size)]
-        most = len(pairs) if few else -(-len(pairs) // world)
-        padding = -(-most // size) - len(turns)
-        return self._loader(_Batches(pairs, turns + turns[-1:] * padding, padding=padding))
+        turns, padding = held_out_turns(len(pairs), self.batch_size, rank, world)
+        return self._loader(_Batches(pairs, turns, padding=padding))
 
     def _loader(self, batches: _Batches, start: int = 0) -> DataLoader[RewardBatch]:
-        # a loader draws a seed when it starts: from a generator of its own, so that a resumed run,
-        # which starts another number of loaders, goes on with the same random numbers
-        own = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=_From(start, len(batches)),
-            num_workers=self.num_workers,
-            generator=own,
-        )
+        return loader(batches, start, self.seed, self.num_workers)
 
 
 # --------------------------------------------------------------------------------------- the module
@@ -559,7 +537,7 @@ class RewardModule(SSOModule):
 
     def _judge(self, batch: RewardBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's weighted mean loss, and what is worth knowing of its rewards."""
-        chosen, rejected = rewards_of(self.policy, batch.rows).chunk(2)
+        chosen, rejected = rewards_of(self.policy, batch.rows).view(-1, 2).unbind(1)
         losses = bradley_terry(chosen, rejected, batch.margin, self.center)
         loss = (losses * batch.weight).sum() / batch.weight.sum()
         chosen, rejected = chosen.detach(), rejected.detach()
@@ -603,11 +581,17 @@ class RewardModule(SSOModule):
     def _log_held_out(self, stage: str) -> None:
         found = {name: metrics.take() for name, metrics in self._held_out.items()}
         self._held_out.clear()
+        for name, each in found.items():
+            self._say("%s: accuracy %.3f, loss %.3f", name, each["accuracy"], each["loss"])
         for key in ("loss", "accuracy", "margin", "reward"):
             values: Mapping[str, Tensor] = {name: each[key] for name, each in found.items()}
             if len(values) > 1:
                 self.log_dict({f"{stage}/{name}/{key}": v for name, v in values.items()})
             self.log(f"{stage}/{key}", torch.stack([*values.values()]).mean())
+
+    @rank_zero_only
+    def _say(self, *told: Any) -> None:
+        log.info(*told)
 
     def on_train_epoch_end(self) -> None:
         """Nothing: there is no IPO target."""

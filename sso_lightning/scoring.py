@@ -177,6 +177,47 @@ def token_logps(
     return list(torch.split(ordered, lengths))
 
 
+def shares_prompts(model: nn.Module) -> bool:
+    """Whether trees can be computed as such; if not, a warning says once why."""
+    reason = _why_not_trees(model, causal_lm(model))
+    if reason:
+        _say_once(reason)
+    return not reason
+
+
+def response_rewards(
+    model: nn.Module, trees: Sequence[Tree], *, max_tokens: int | None = None
+) -> Tensor:
+    """Reward of every response, read at its last token.
+
+    Args:
+        model: A sequence classifier with one label that `shares_prompts`, wrapped by PEFT or not.
+        trees: Prompts, which may be empty, with their responses, which may not.
+        max_tokens: As for `response_logps`.
+
+    Returns:
+        Rewards of all responses of all trees, in order [responses]; at least float32,
+        differentiable.
+    """
+    root = causal_lm(model)
+    sharded = is_sharded(root)
+    if sharded:
+        max_tokens = None  # all processes gather each layer equally often
+    elif max_tokens is None and next(model.parameters()).device.type == "cpu":
+        max_tokens = _CPU_PASS_TOKENS
+    # a row leaves the last token of a response out: here it is needed, so another one is last
+    ended = [Tree(tree.prompt, [[*r, 0] for r in tree.responses]) for tree in trees]
+    run = partial(_reward_trees, root, list(_passes(ended, max_tokens)))
+    return cast(Tensor, _as_forward(root, run) if sharded else run())
+
+
+def _reward_trees(root: Any, groups: Sequence[Sequence[tuple[Tree, int]]]) -> Tensor:
+    device = next(root.parameters()).device
+    rows = [_Row(group, device, ends=True) for group in groups]
+    rewards = root.score(torch.cat(_hidden_of(root, rows))).squeeze(-1)
+    return cast(Tensor, rewards.to(torch.promote_types(rewards.dtype, torch.float32)))
+
+
 def _finest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -269,8 +310,13 @@ class _Row:
     A response's last token predicts nothing that is scored, so it is left out.
     """
 
-    def __init__(self, trees: Sequence[tuple[Tree, int]], device: torch.device) -> None:
-        """Lay out trees, each with the index of its first response among all responses."""
+    def __init__(
+        self, trees: Sequence[tuple[Tree, int]], device: torch.device, *, ends: bool = False
+    ) -> None:
+        """Lay out trees, each with the index of its first response among all responses.
+
+        With `ends`, the one scored position of a response is the last before its last token.
+        """
         ids: list[int] = []
         positions: list[int] = []
         scored: list[int] = []
@@ -288,9 +334,11 @@ class _Row:
                 begin = len(ids)
                 ids += response[:-1]
                 positions += range(width, width + len(response) - 1)
-                scored += [start + width - 1, *range(begin, len(ids))]
-                targets += response
-                owners += [first + offset] * len(response)
+                predicting = [start + width - 1, *range(begin, len(ids))]
+                kept = slice(-1 if ends else 0, None)
+                scored += predicting[kept]
+                targets += response[kept]
+                owners += [first + offset] * len(response[kept])
                 if pending:
                     self.segments.append(_Segment(start, width + len(response) - 1, 0, 0))
                 elif len(response) > 1:
@@ -351,12 +399,7 @@ def _score_trees(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_score` returns, by a pass of the decoder per group of trees."""
     rows = [_Row(group, next(root.parameters()).device) for group in groups]
-    # One embedding for all passes: each call would make a gradient as large as the table.
-    embeds = root.get_input_embeddings()(torch.cat([row.ids for row in rows])[None])
-    hidden = [
-        _scored_hidden(root, part, row)
-        for part, row in zip(embeds.split([len(row.ids) for row in rows], 1), rows, strict=True)
-    ]
+    hidden = _hidden_of(root, rows)
     targets = torch.cat([row.targets for row in rows])
     tokens, entropies = _head_logps(root, torch.cat(hidden), targets, tile_bytes, entropy)
     return tokens, entropies, torch.cat([row.owners for row in rows])
@@ -376,6 +419,14 @@ def _passes(trees: Sequence[Tree], max_tokens: int | None) -> Iterator[list[tupl
         first += len(tree.responses)
     if group:
         yield group
+
+
+def _hidden_of(root: Any, rows: Sequence[_Row]) -> list[Tensor]:
+    """The decoder's normed output [scored, width] of each row."""
+    # One embedding for all passes: each call would make a gradient as large as the table.
+    embeds = root.get_input_embeddings()(torch.cat([row.ids for row in rows])[None])
+    parts = embeds.split([len(row.ids) for row in rows], 1)
+    return [_scored_hidden(root, part, row) for part, row in zip(parts, rows, strict=True)]
 
 
 def _scored_hidden(root: Any, embeds: Tensor, row: _Row) -> Tensor:

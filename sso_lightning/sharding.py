@@ -189,7 +189,11 @@ def uneven_calls(model: nn.Module) -> Iterator[None]:
         return bool(count)
 
     module: Any = root
-    hook = module.register_forward_pre_hook(lambda *_: cast(None, calling(True) and None))
+    # before FSDP2's own hook, which gathers the root's weights in the first call: a process that
+    # makes no call would be asked whether it is done at the same time
+    hook = module.register_forward_pre_hook(
+        lambda *_: cast(None, calling(True) and None), prepend=True
+    )
     try:
         yield
     finally:

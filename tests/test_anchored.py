@@ -161,3 +161,18 @@ def test_a_run_stores_tokens_and_starts_at_no_distance(tiny_model, tmp_path, sso
         distances = [float(r["train/anchor_bad"]) for r in csv.DictReader(file) if r["train/loss"]]
     assert distances[0] == pytest.approx(0.0, abs=1e-12)
     assert max(distances) > 1e-9
+    # all that is scored can be stored for the report; what is trained on is the same
+    settings["trainer"]["default_root_dir"] = str(tmp_path / "more")
+    settings["pairs"]["token_scores"] = True
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    assert sso("fit", "--config", tmp_path / "c.yaml")[0] == 0
+    for record, other in zip(
+        load_records(tmp_path / "more/pairs/iteration-00"), records, strict=True
+    ):
+        assert record.token_scores.keys() == record.scores.keys() == other.scores.keys()
+        assert len(record.scores) == 8
+        for key, values in record.token_scores.items():
+            assert sum(values) == pytest.approx(record.scores[key])
+    ends = [torch.load(tmp_path / n / "checkpoints/last.ckpt") for n in ("run", "more")]
+    for name, weight in ends[0]["state_dict"].items():
+        assert torch.equal(weight, ends[1]["state_dict"][name])

@@ -33,8 +33,10 @@ MAY_IMPORT = {
     "policy": {"errors", "sharding", "checkpoint_files"},
     "strategies": {"errors", "sharding", "checkpoint_files"},
     "runs": {"errors", "records"},
-    "evaluation": {"errors", "records"},
+    "evaluation": {"errors", "records", "sources"},
+    "iterations": {"errors", "evaluation"},
 }
+MAY_IMPORT["continuous"] = {"errors", "sampling", "sharding"}
 MAY_IMPORT["pairs"] = MAY_IMPORT["sampling"] | {"sampling", "scoring", "policy", "progress"}
 MAY_IMPORT["engines"] = MAY_IMPORT["pairs"] | {"endpoint"}
 MAY_IMPORT["data"] = MAY_IMPORT["pairs"] - {"policy", "sampling", "principles"}
@@ -49,16 +51,25 @@ MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "che
 MAY_IMPORT["reward"] = MAY_IMPORT["module"] | {"module", "formats", "records", "sources"}
 MAY_IMPORT["rewardbench"] = {"errors", "sources", "records", "prompts", "policy", "scoring"}
 MAY_IMPORT["rewardbench"].add("reward")
+MAY_IMPORT["benchmarks"] = {
+    *("errors", "records", "evaluation", "processes", "sharding", "policy", "sampling", "module"),
+    "checkpoint_files",
+}
 MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", "strategies"}
-MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward"}
+MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward", "benchmarks"}
 MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
+MAY_IMPORT["judge"] = {"errors", "sources", "records", "formats", "endpoint", "evaluation"}
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
+MAY_IMPORT["generate"] = {"errors", "records", "sources", "prompts", "policy", "sampling"}
+MAY_IMPORT["generate"].add("progress")
 # commands are imported when they are called
 MAY_IMPORT["schema"] = {"cli"}
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 MAY_IMPORT["__main__"].add("schema")
 MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report", "plan"}
+MAY_IMPORT["__main__"] |= {"judge", "iterations", "generate"}
 REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
+REPORT.add("evaluation")
 
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "jsonargparse", "openai")
 NO_TORCH = (
@@ -75,6 +86,10 @@ NO_TORCH = (
     "plan.command",
     "rewardbench",
     "evaluation",
+    "generate",
+    "iterations",
+    "judge",
+    "report.figure",
 )
 """Rooms that read files and texts only: importing them must stay cheap."""
 

@@ -277,7 +277,16 @@ def test_there_are_cases_of_every_kind():
     names = [case.id for case in cases()]
     assert len(names) == len({*names})
     kinds = {name.partition(":")[0] for name in names}
-    assert kinds >= {"checkpoints", "configs", "files", "flags", "models", "principles", "records"}
+    assert kinds >= {
+        "checkpoints",
+        "configs",
+        "files",
+        "flags",
+        "models",
+        "principles",
+        "records",
+        "rewards",
+    }
     assert len(names) >= 65
 
 

@@ -28,6 +28,37 @@ CLIP = 0.04
 OFFLOAD = {"class_path": FSDP2, "init_args": {"cpu_offload": True, "reshard_after_forward": False}}
 
 
+def reward_config(home, model, name, batch_size, *, lora=None, **trainer):
+    """The same for a reward model: two sets of pairs, of which one weighs more."""
+    path = Path(config(home, model, name, batch_size, lora=lora, **trainer))
+    settings = yaml.safe_load(path.read_text())
+    del settings["pairs"], settings["model"]["objective"]
+    sets = []
+    for label, count in (("a", 6), ("b", 2)):
+        file = home / f"{label}.jsonl"
+        rows = [
+            {"prompt": f"Name {i} birds.", "chosen": f"A wren{', so small' * i}.", "rejected": "No"}
+            for i in range(count)
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets.append({"path": str(file), "weight": 3.0 if label == "b" else 1.0})
+    settings["data"] = {"sets": sets, "val_sets": sets, "batch_size": batch_size}
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def save_classifier(folder, model):
+    """A reward model with a head, so that no process draws one."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(1)
+    made = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    torch.nn.init.normal_(made.score.weight)
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def written(jobs, folder):
     path = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     path.write_text(json.dumps(jobs))
@@ -80,7 +111,18 @@ def home(tmp_path_factory):
     return folder
 
 
-def config(home, model, name, batch_size, *, lora=None, quantize=None, generator=False, **trainer):
+def config(
+    home,
+    model,
+    name,
+    batch_size,
+    *,
+    lora=None,
+    quantize=None,
+    generator=False,
+    shard_size=3,
+    **trainer,
+):
     """A YAML file: two batches a step and a bound on the gradient that is always met."""
     settings = {
         "trainer": {
@@ -119,7 +161,7 @@ def config(home, model, name, batch_size, *, lora=None, quantize=None, generator
         },
         "checkpoint": {"every_n_steps": 1},
         "pairs": {
-            "shard_size": 3,
+            "shard_size": shard_size,
             "sampler": {"class_path": "TransformersSampler", "init_args": {"max_new_tokens": 6}},
             "principles": {"class_path": "PredefinedPrinciples", "init_args": {"pick": "random"}},
         },
@@ -157,7 +199,8 @@ RUNS = {
     "sharded-lora": {"strategy": SHARDED, "lora": LORA},
     "generator-ddp": {"strategy": "ddp_find_unused_parameters_true", "generator": True},
     "generator-fsdp2": {"strategy": "fsdp2", "generator": True},
-    "stay-sharded-lora": {"strategy": "fsdp2", "lora": LORA},
+    # all queries in one shard: one of the two processes makes none, not even the first
+    "stay-sharded-lora": {"strategy": "fsdp2", "lora": LORA, "shard_size": 8},
     "ddp-qlora": {"strategy": "ddp", "lora": LORA, "quantize": "4bit"},
 }
 MORE = {
@@ -166,6 +209,11 @@ MORE = {
     "sharded": {"strategy": SHARDED},
     "offload": {"strategy": OFFLOAD},
     "stay-sharded": {"strategy": "fsdp2"},
+}
+REWARD = {
+    "reward-ddp": {"strategy": "ddp"},
+    "reward-fsdp2": {"strategy": "fsdp2"},
+    "reward-fsdp2-lora": {"strategy": SHARDED, "lora": LORA},
 }
 NAMES = [*RUNS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE)]
 STAY_SHARDED = """
@@ -230,7 +278,14 @@ def runs(home, tiny_model, forks):
         "one-qlora": {"lora": LORA, "quantize": "4bit"},
     }.items():
         assert main("fit", "--config", config(home, tiny_model, name, 2, **settings)) == 0
+    head = save_classifier(home / "classifier", tiny_model)
+    for name, lora in {"one-reward": None, "one-reward-lora": LORA}.items():
+        path = reward_config(home, head, name, 2, lora=lora)
+        assert main("reward", "fit", "--config", path) == 0
     jobs = training(home, tiny_model, RUNS)
+    for name, settings in REWARD.items():
+        path = reward_config(home, head, name, 1, devices=2, **settings)
+        jobs.append({"argv": ["reward", "fit", "--config", path]})
     for name in ("fsdp2", "sharded-lora"):
         # cut within the second iteration, then continued
         path = config(home, tiny_model, f"cut-{name}", 1, devices=2, **RUNS[name])
@@ -301,6 +356,24 @@ def test_two_processes_train_as_one(made, name):
     assert any(not torch.equal(start[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("name", REWARD)
+def test_two_processes_train_a_reward_model_as_one(runs, name):
+    """Losses and held-out losses, gradient norms, the exported weights."""
+    from safetensors.torch import load_file
+
+    lora = name.endswith("lora")
+    ours, theirs = runs / name, runs / ("one-reward-lora" if lora else "one-reward")
+    for key in ("train/loss", "train/grad_norm", "val/loss", "val/a/margin"):
+        numbers = rows(theirs, key)
+        assert numbers, key
+        assert rows(ours, key) == pytest.approx(numbers, rel=1e-3), key
+    assert max(rows(theirs, "train/grad_norm")) > CLIP, "nothing was clipped"
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    found, expected = (load_file(root / "export" / file) for root in (ours, theirs))
+    assert any("score" in key for key in found)
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", ["fsdp2", "sharded-lora"])
 def test_a_sharded_run_continues_within_an_iteration(runs, name):
     """Bit for bit, from shards of weights and moments."""
@@ -324,9 +397,9 @@ def test_two_processes_continue_what_one_began(runs, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_process_continues_what_two_began(made, tiny_model, name):
-    lora = {"lora": LORA} if twin(name) != "one" else {}
-    lora |= {"quantize": "4bit"} if "qlora" in name else {}
-    path = config(made, tiny_model, f"back-{name}", 2, generator="generator" in name, **lora)
+    kept = {k: v for k, v in (RUNS | MORE)[name].items() if k != "strategy"}
+    kept |= {"lora": LORA} if "generator" in name else {}
+    path = config(made, tiny_model, f"back-{name}", 2, **kept)
     if "generator" in name:
         checkpoint = iteration_end(shutil.copytree(made / name, made / f"back-{name}"), 0)
         shutil.rmtree(made / f"back-{name}" / "pairs/iteration-00")

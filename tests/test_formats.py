@@ -380,11 +380,12 @@ def test_plain_training_data_has_good_answers_only(pairs, tmp_path, sso):
 
 
 def iterations(root):
-    """A run with two iterations over the same queries, a validation set and a set of predict."""
+    """A run with two iterations over the same queries, and sets that are no iteration's."""
     for name, number in (
         ("iteration-00", 0),
         ("iteration-01", 1),
         ("iteration-01/validation", 1),
+        ("iteration-01.replaced-1", 1),
         ("predict", 0),
     ):
         store = PairStore(root / "pairs" / name, {"name": name})

@@ -4,12 +4,16 @@ import csv
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
 
+from sso_lightning.evaluation import read_scores
+
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+# benchmarks.yaml goes beside a recipe, see test_benchmarks.py
+RECIPES = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.stem != "benchmarks"]
 LARGE = {"qwen2_7b": ("qwen2", "CHATML"), "llama31_8b": ("llama", "LLAMA3")}
 
 
@@ -66,6 +70,13 @@ def test_recipe_starts(recipe, world, sso, monkeypatch, request):
         losses = [row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")]
     assert losses
     assert (run / "export" / "tokenizer_config.json").is_file()
+    if "SandboxMetrics" in recipe.read_text():
+        # of the policy at the start and after its one iteration, also where a generator trains
+        with (run / "metrics.csv").open() as file:
+            exact = [float(q) for row in csv.DictReader(file) if (q := row.get("sandbox/quality"))]
+        scores = read_scores(run)["sandbox/quality"]
+        assert [*scores] == [0, 1]
+        assert [fmean(own.values()) for own in scores.values()] == pytest.approx(exact)
     if recipe.stem == "pbaa_watched":
         assert "iteration-00: 3 pairs" in (run / "samples.txt").read_text()
         assert (run / "drift.txt").read_text().startswith("iteration-00:")

@@ -132,6 +132,28 @@ def test_search_filter_and_sort(open_page):
     assert rows(page).count() == 0
 
 
+def until(page, said, wanted):
+    """Wait for what a page does in its own time after a key or a click."""
+    for _ in range(150):
+        if said() == wanted:
+            return
+        page.wait_for_timeout(20)
+    assert said() == wanted
+
+
+def open_first(page):
+    row = rows(page).first
+    name = row.locator(".meta bdi").first.inner_text()
+    row.locator("button").click()
+    page.locator("dialog[open] #pair-title", has_text=name).wait_for()
+
+
+def leave(page):
+    page.keyboard.press("Escape")
+    page.locator("dialog[open]").wait_for(state="detached")
+    until(page, lambda: "#pair" in page.url, False)
+
+
 def test_an_alarm_leads_to_the_records_that_prove_it(open_page):
     page = open_page()
     alarm = page.locator(".alarm").first
@@ -141,11 +163,11 @@ def test_an_alarm_leads_to_the_records_that_prove_it(open_page):
     assert ids == ["q0", "q1", "q2"]
     links.nth(1).click()
     dialog = page.locator("dialog[open]")
-    assert "q1 in one: iteration-01" in dialog.inner_text()
+    page.locator("#pair-title", has_text="q1 in one: iteration-01").wait_for()
     assert "gap -0.099" in dialog.inner_text()
-    page.keyboard.press("Escape")
-    assert page.locator("dialog[open]").count() == 0
-    assert page.evaluate("document.activeElement.textContent") == "q1"  # back where one was
+    leave(page)
+    # back where one was
+    until(page, lambda: page.evaluate("document.activeElement.textContent"), "q1")
 
 
 def test_a_pair_by_keyboard_alone(open_page):
@@ -158,8 +180,7 @@ def test_a_pair_by_keyboard_alone(open_page):
         if page.evaluate("document.activeElement.closest('#list') !== null"):
             break
     page.keyboard.press("Enter")
-    title = page.locator("#pair-title")
-    assert title.inner_text() == "q1 in one: iteration-00"
+    page.locator("#pair-title", has_text="q1 in one: iteration-00").wait_for()
     page.keyboard.press("ArrowRight")
     page.locator("#pair-title", has_text="iteration-01").wait_for()
     page.keyboard.press("ArrowLeft")
@@ -176,9 +197,8 @@ def test_a_pair_by_keyboard_alone(open_page):
         "link", name="two: iteration-00"
     ).click()  # the same query in the other run
     page.locator("#pair-title", has_text="two").wait_for()
-    page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.closest('#list') !== null")
-    assert "#pair" not in page.url
+    leave(page)
+    until(page, lambda: page.evaluate("document.activeElement.closest('#list') !== null"), True)
 
 
 def test_themes_follow_the_system_and_a_switch(open_page):
@@ -201,7 +221,7 @@ def test_themes_follow_the_system_and_a_switch(open_page):
 def test_hostile_text_is_shown_as_text(open_page):
     page = open_page()
     search(page, "owned")
-    rows(page).first.locator("button").click()
+    open_first(page)
     assert page.locator("#pair-body .good .text").inner_text() == SCRIPT
     # what turns or hides text is shown by its code
     marks = page.locator("#pair-body .bad .ctl").all_inner_texts()
@@ -209,9 +229,9 @@ def test_hostile_text_is_shown_as_text(open_page):
     assert page.locator("#pair-body .bad .text").inner_text() == "U+202Egnp.exeU+202C U+200Bzero"
     assert page.title() == "Run report: one, two"
     assert page.locator("main img, dialog img").count() == 0
-    page.keyboard.press("Escape")
+    leave(page)
     search(page, "xxxxxxxx")
-    rows(page).first.locator("button").click()
+    open_first(page)
     assert len(page.locator("#pair-body .good .text").inner_text()) == 20_000
     assert "the whole text has 100,000 characters" in page.locator("#pair-body").inner_text()
     width = page.evaluate("document.documentElement.scrollWidth")
@@ -223,18 +243,18 @@ def test_folded_text_is_seen_only_when_opened(open_page):
     page.select_option("#f-flag", "flagged")
     assert "flagged words" not in rows(page).first.inner_text()
     assert "(folded: 13 characters)" in rows(page).first.inner_text()
-    rows(page).first.locator("button").click()
+    open_first(page)
     words = page.locator("#pair-body").get_by_text("flagged words")
     assert not words.is_visible()
     page.locator("#pair-body .good summary").focus()
     page.keyboard.press("Enter")
-    assert words.is_visible()
-    page.keyboard.press("Escape")
+    words.wait_for()
+    leave(page)
     page.select_option("#f-flag", "folded")
     assert count(page).startswith("31 records of this page. 31 records of all 122")
     search(page, "What of q5?")
     assert "The bad one" not in rows(page).first.inner_text()
-    rows(page).first.locator("button").click()
+    open_first(page)
     assert not page.get_by_text("The bad one of q5.").is_visible()
 
 
@@ -242,7 +262,7 @@ def test_tokens_are_shaded_where_their_scores_are_stored(open_page):
     page = open_page()
     page.select_option("#f-set", "iteration-01")
     search(page, "What of q3?")
-    rows(page).first.locator("button").click()
+    open_first(page)
     good = page.locator("#pair-body .good")
     assert good.get_by_label("under x+ (not stored)").is_disabled()
     good.get_by_label("under x", exact=True).check()
@@ -258,9 +278,9 @@ def test_tokens_are_shaded_where_their_scores_are_stored(open_page):
     assert depths[0] < 0.1 < 0.7 < depths[-1]
     good.get_by_label("none").check()
     assert good.locator(".text").inner_text() == "The good one of q3."
-    page.keyboard.press("Escape")
+    leave(page)
     search(page, "What of q6?")
-    rows(page).first.locator("button").click()
+    open_first(page)
     assert (
         "Log-probabilities of single tokens were not stored" in page.locator("#pair").inner_text()
     )
@@ -270,6 +290,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(open_page):
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     rows(page).first.locator("button").tap()
+    page.locator("dialog[open]").wait_for()
     assert page.evaluate("document.getElementById('pair').scrollWidth") <= 360
     assert page.locator("#close").is_visible()
 

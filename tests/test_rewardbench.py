@@ -62,6 +62,24 @@ def test_version_1_is_complete_with_all_subsets(tmp_path):
     assert report.total == 0.875
 
 
+def test_standard_errors_by_hand(tmp_path):
+    """Two of four right: deviation sqrt(4 * .25 / 3), over sqrt(4): 1 / sqrt(12).
+
+    mt-bench-easy 28 of 128 in Chat, alpacaeval-easy 100; Chat is one of two sections.
+    """
+    subsets = ["alpacaeval-easy"] * 4 + ["mt-bench-easy"] * 4 + ["hep-go"] * 2
+    items = load_items(write(tmp_path / "v1.jsonl", rows_v1(*subsets)))
+    report = report_of(items, [[1, 0], [0, 1]] * 4 + [[1, 0]] * 2)
+    one = 1 / math.sqrt(12)
+    assert report.errors["alpacaeval-easy"] == pytest.approx(one)
+    assert report.errors["hep-go"] == 0
+    chat = math.hypot(100 * one, 28 * one) / 128
+    assert report.errors["Chat"] == pytest.approx(chat)
+    assert report.errors["total"] == pytest.approx(chat / 2)
+    alone = report_of(items[:5], [[1, 0], [0, 1], [1, 0], [0, 1], [1, 0]])
+    assert alone.errors["mt-bench-easy"] is alone.errors["Chat"] is alone.errors["total"] is None
+
+
 TIES = [
     ("ref:0", ["r"], ["w", "w"]),
     ("tied:0", ["r", "r"], ["w"]),
@@ -95,6 +113,13 @@ def test_version_2_by_hand(tmp_path):
     assert report.subsets["Math"] == (0.5, 3)
     assert report.subsets["Ties"][0] == pytest.approx(0.645025, abs=1e-6)
     assert report.total == pytest.approx((0.5 + 0.645025) / 2, abs=1e-6)
+    # Math: values 1, 1/2, 0, deviation 1/2, over sqrt(3). Ties by the jackknife: pair 0 alone is
+    # .3 + .3 + .2 + 0 + .01 tanh(0) = .8, pair 1 alone .3 + 0 + .2 + 0 + .01 tanh(-3); of two
+    # values the deviation is their distance over sqrt(2), and the error half their distance.
+    math_error, ties_error = 0.5 / math.sqrt(3), (0.8 - (0.5 - 0.00995055)) / 2
+    assert report.errors["Math"] == pytest.approx(math_error)
+    assert report.errors["Ties"] == pytest.approx(ties_error, abs=1e-6)
+    assert report.errors["total"] == pytest.approx(math.hypot(math_error, ties_error) / 2, abs=1e-6)
     assert not report.sections
 
 
@@ -251,7 +276,7 @@ def test_command(reward_model, tiny_model, bench, tmp_path, sso):
     status, text, err = sso("rewardbench", reward_model, "--data", bench, "--json")
     assert status == 0, err
     report = json.loads(text)
-    assert report["subsets"]["hep-go"] == {"score": won[0], "prompts": 1}
+    assert report["subsets"]["hep-go"] == {"score": won[0], "error": None, "prompts": 1}
     assert report["total"] == pytest.approx((164 * won[0] + 984 * won[1]) / 1148)
     status, text, err = sso("rewardbench", tiny_model, "--data", bench, "--policy", "--json")
     assert (status, json.loads(text)["version"]) == (0, 1), err

@@ -13,6 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from sso_lightning.continuous import ContinuousBatchingSampler
 from sso_lightning.errors import InputError
 from sso_lightning.sampling import Request, TransformersSampler, pick_tokens
 
@@ -42,6 +43,7 @@ ARCHITECTURES = {
     "gemma2": Gemma2Config(**SIZE, sliding_window=5, attn_logit_softcapping=2.0),
 }
 STOP = [5, 6, 7]
+SAMPLERS = [TransformersSampler, ContinuousBatchingSampler]
 
 
 def make(name="qwen2"):
@@ -60,11 +62,19 @@ def requests(count=9):
     ]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("rows", [1, 4, 32])
-def test_greedy_equals_generate(name, rows):
+def each_architecture():
+    for name in ARCHITECTURES:
+        for rows in (1, 4, 32):
+            yield name, TransformersSampler, rows
+        often = name in ("llama", "gemma3-window", "gemma2")
+        marks = () if often else pytest.mark.exhaustive
+        yield pytest.param(name, ContinuousBatchingSampler, 4, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "kind", "rows"), each_architecture())
+def test_greedy_equals_generate(name, kind, rows):
     model = make(name).eval()
-    sampler = TransformersSampler(max_new_tokens=12, temperature=0, max_rows=rows)
+    sampler = kind(max_new_tokens=12, temperature=0, max_rows=rows)
     samples = sampler.sample(model, requests(), stop_ids=STOP)
     finishes = set()
     for request, sample in zip(requests(), samples, strict=True):
@@ -100,24 +110,29 @@ def test_company_changes_nothing(settings):
     assert together["3"] != together["6"]
 
 
-def test_progress_counts_every_token_and_request():
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_progress_counts_every_token_and_request(kind):
     seen = []
-    samples = TransformersSampler(max_new_tokens=8).sample(
+    samples = kind(max_new_tokens=8).sample(
         make(), requests(), stop_ids=STOP, progress=lambda tokens, done: seen.append((tokens, done))
     )
     assert sum(tokens for tokens, _ in seen) == sum(len(s.ids) for s in samples)
     assert sum(done for _, done in seen) == len(samples)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
-def test_model_is_left_as_it_was(name):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen2", SAMPLERS[0]), ("gemma2", SAMPLERS[0]), ("gemma2", SAMPLERS[1])]
+)
+def test_model_is_left_as_it_was(name, kind):
     model = make(name).train()
     model.gradient_checkpointing_enable()
     model.model.layers[1].eval()
     model.config.use_cache = False
     before = {n: m.training for n, m in model.named_modules()}
     implementation = model.config._attn_implementation
-    TransformersSampler(max_new_tokens=2).sample(model, requests(2), stop_ids=[])
+    state = torch.get_rng_state()
+    kind(max_new_tokens=2).sample(model, requests(2), stop_ids=[])
+    assert torch.equal(torch.get_rng_state(), state)
     assert before == {n: m.training for n, m in model.named_modules()}
     assert model.config._attn_implementation == implementation
     assert model.config.use_cache is False
@@ -134,11 +149,30 @@ def test_failure_leaves_the_model_as_it_was():
     assert model.config._attn_implementation == implementation
 
 
-def test_peft_model_samples_with_its_adapter():
+def test_a_failure_of_continuous_batching_is_told_and_leaves_the_model_as_it_was():
+    model = make("gemma2").train()
+    with pytest.raises(InputError, match=r"request 'a'.*out of range"):
+        ContinuousBatchingSampler().sample(model, [Request("a", [10**6], 0)], stop_ids=[])
+    assert model.training
+    assert model.config._attn_implementation == "eager"
+
+
+def test_draws_of_continuous_batching_are_those_of_its_seeds():
+    model = make()
+    sampler = ContinuousBatchingSampler(max_new_tokens=12, top_p=0.9)
+    first = sampler.sample(model, requests(), stop_ids=STOP)
+    torch.manual_seed(123)
+    assert sampler.sample(model, requests(), stop_ids=STOP) == first
+    others = [Request(r.key, r.prompt, r.seed + 1, r.max_new_tokens) for r in requests()]
+    assert sampler.sample(model, others, stop_ids=STOP) != first
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_peft_model_samples_with_its_adapter(kind):
     from peft import LoraConfig, get_peft_model
 
     base = make()
-    sampler = TransformersSampler(max_new_tokens=8, temperature=0)
+    sampler = kind(max_new_tokens=8, temperature=0)
     without = sampler.sample(base, requests(), stop_ids=[])
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     model = model.double()
@@ -160,13 +194,15 @@ def test_peft_model_samples_with_its_adapter():
         {"max_tokens": 0},
     ],
 )
-def test_wrong_settings(settings):
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_wrong_settings(kind, settings):
     with pytest.raises(InputError, match=next(iter(settings))):
-        TransformersSampler(**settings)
+        kind(**settings)
 
 
-def test_wrong_requests():
-    sampler = TransformersSampler()
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_wrong_requests(kind):
+    sampler = kind()
     with pytest.raises(InputError, match="'a'"):
         sampler.sample(make(), [Request("a", [], 0)], stop_ids=[])
     with pytest.raises(InputError, match="'b'"):

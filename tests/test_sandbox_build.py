@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sso_lightning.errors import InputError
+from sso_lightning.evaluation import read_scores
 from sso_lightning.principles import Draw
 from sso_lightning.prompts import ChatRenderer
 from sso_lightning.records import Query, Record, load_queries
@@ -331,34 +332,70 @@ def test_measure_samples_each_context_and_repeats_itself(
 
 
 def test_metrics_callback_logs_before_training_and_after_validation(
-    sandbox: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    sandbox: Path, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[dict[str, float], int]] = []
     seen: list[tuple[int, int]] = []
+    answers = [
+        (QUERY, {"query": GOOD, "good": GOOD, "bad": BAD}),
+        (QUERY, {"query": BAD, "good": BAD, "bad": BAD}),
+    ]
 
     def fake(
         model: Any, renderer: Any, queries: Any, sampler: Any, principles: Any, seed: int
-    ) -> dict[str, float]:
+    ) -> Any:
         seen.append((len(queries), seed))
-        return {"sandbox/quality": 0.5}
+        return answers
 
-    monkeypatch.setattr(callbacks, "measure", fake)
+    monkeypatch.setattr(callbacks, "_answers", fake)
     logger = SimpleNamespace(log_metrics=lambda numbers, step: calls.append((numbers, step)))
     trainer: Any = SimpleNamespace(
-        global_step=0, current_epoch=0, sanity_checking=True, loggers=[logger], callback_metrics={}
+        global_step=0,
+        current_epoch=0,
+        sanity_checking=True,
+        is_last_batch=True,
+        is_global_zero=True,
+        state=SimpleNamespace(fn="fit"),
+        default_root_dir=str(tmp_path),
+        loggers=[logger],
+        callback_metrics={},
     )
-    module: Any = SimpleNamespace(policy=loaded[0], renderer=ChatRenderer(loaded[1]))
-    callback = SandboxMetrics(str(sandbox / "validation.jsonl"), limit=5, seed=2)
+    module: Any = SimpleNamespace(
+        policy=loaded[0], renderer=ChatRenderer(loaded[1]), trains_generator=False, iteration=0
+    )
+    callback = SandboxMetrics(str(sandbox / "validation.jsonl"), limit=2, seed=2)
+    names = [query.id for query in load_queries(sandbox / "validation.jsonl")[:2]]
     callback.on_validation_epoch_end(trainer, module)
     assert calls == [], "a sanity check is not a measurement"
     trainer.sanity_checking = False
     callback.on_train_start(trainer, module)
+    numbers = answers_quality(answers)
+    assert read_scores(tmp_path) == {
+        "sandbox/quality": {0: dict(zip(names, (7 / 8, 4 / 8), strict=True))},
+        "sandbox/signal_accuracy": {0: dict(zip(names, (1.0, 0.5), strict=True))},
+    }
     trainer.global_step, trainer.current_epoch = 12, 1
     callback.on_train_start(trainer, module)  # a resumed run: its start was measured before
     callback.on_validation_epoch_end(trainer, module)
-    assert calls == [({"sandbox/quality": 0.5}, 0), ({"sandbox/quality": 0.5}, 12)]
-    assert seen == [(5, 2), (5, 2)]
-    assert trainer.callback_metrics["sandbox/quality"] == 0.5
+    assert calls == [(numbers, 0), (numbers, 12)]
+    assert seen == [(2, 2), (2, 2)]
+    assert trainer.callback_metrics["sandbox/quality"] == numbers["sandbox/quality"]
+    assert [*read_scores(tmp_path)["sandbox/quality"]] == [0, 1]
+    # what is not the policy at the end of an iteration leaves no scores
+    for holder, name, value in (
+        (trainer.state, "fn", "validate"),
+        (trainer, "is_last_batch", False),
+        (trainer, "is_global_zero", False),
+        (module, "trains_generator", True),
+    ):
+        before = getattr(holder, name)
+        setattr(holder, name, value)
+        module.iteration = 5
+        callback.on_validation_epoch_end(trainer, module)
+        setattr(holder, name, before)
+        assert [*read_scores(tmp_path)["sandbox/quality"]] == [0, 1], name
+    callback.on_validation_epoch_end(trainer, module)
+    assert [*read_scores(tmp_path)["sandbox/quality"]] == [0, 1, 6]
 
 
 def test_ensure_sandbox_builds_once_and_on_process_zero_only(

@@ -1,3 +1,4 @@
+import copy
 import logging
 from contextlib import nullcontext
 from functools import partial
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -22,7 +24,7 @@ from transformers import (
 
 from sso_lightning import scoring
 from sso_lightning.errors import InputError
-from sso_lightning.scoring import Tree, response_logps
+from sso_lightning.scoring import Tree, response_logps, response_rewards
 
 SIZE = {
     "vocab_size": 97,
@@ -264,6 +266,53 @@ def test_lora(settings):
         assert (ours(model, TREES) - plain_base).abs().max() < 1e-9
 
 
+def rewards_alone(model, trees):
+    """The rewards of conversations by unpadded forwards of their own."""
+    rows = [tree.prompt + response for tree in trees for response in tree.responses]
+    return torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+
+
+def classifier(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config).to(dtype)
+
+
+ANSWERED = [Tree(t.prompt, [r for r in t.responses if r]) for t in TREES]
+ANSWERED += [Tree([], [[3, 4]])]
+
+
+# transformers has no sequence classifier of Granite
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"granite"}))
+@pytest.mark.parametrize("settings", [{}, {"max_tokens": 15}])
+def test_rewards_equal_plain_forwards(name, settings):
+    model = classifier(name)
+    want, want_grads = gradients(model, rewards_alone, ANSWERED)
+    got, grads = gradients(model, partial(response_rewards, **settings), ANSWERED)
+    assert len(got) == 7
+    assert (got - want).abs().max() < 1e-9
+    assert_same_gradients(want_grads, grads, 2e-6)
+
+
+@pytest.mark.parametrize("change", ["lora", "checkpointing", "bfloat16"])
+def test_rewards_of_changed_models(change):
+    model = classifier("qwen2", torch.bfloat16 if change == "bfloat16" else torch.float64).train()
+    if change == "lora":
+        torch.manual_seed(1)
+        model = lora(model, target_modules="all-linear", task_type="SEQ_CLS")
+    want, want_grads = gradients(model, rewards_alone, ANSWERED)
+    if change == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    got, grads = gradients(model, response_rewards, ANSWERED)
+    if change == "bfloat16":
+        assert got.dtype == torch.float32
+        assert (got - want).abs().max() < 0.05
+    else:
+        assert (got - want).abs().max() < 1e-9
+        assert_same_gradients(want_grads, grads, 2e-6)
+
+
 def test_frozen_head_is_not_computed_twice():
     """A frozen head needs two products per logit: the logits and the gradient of its input."""
     model = make("qwen2")
@@ -299,7 +348,8 @@ def test_four_bit_base(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
     )
-    model = lora(model, target_modules=["q_proj", "down_proj"])
+    # in eval mode bitsandbytes repacks weights on some CPUs, which `policy.load_model` prevents
+    model = lora(model, target_modules=["q_proj", "down_proj"]).train()
     want, want_grads = gradients(model, alone)
     got, grads = gradients(model, ours)
     assert (got - want).abs().max() < 1e-3

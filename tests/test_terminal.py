@@ -1,5 +1,6 @@
 """Bars, lines, the table of iterations, and silence."""
 
+import csv
 import json
 import logging
 import re
@@ -77,7 +78,15 @@ def test_a_run_ends_with_its_table_or_in_silence(tiny_model, tmp_path, sso):
         "".join(json.dumps({"prompt": f"Name {i} birds."}) + "\n" for i in range(4))
     )
     settings = {
-        "trainer": {"default_root_dir": "", "max_epochs": 2, "accelerator": "cpu"},
+        "trainer": {
+            "default_root_dir": "",
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "logger": {
+                "class_path": "TensorBoardLogger",
+                "init_args": {"save_dir": str(tmp_path / "events"), "name": ""},
+            },
+        },
         "model": {
             "policy": {"path": str(tiny_model)},
             "objective": {
@@ -108,6 +117,26 @@ def test_a_run_ends_with_its_table_or_in_silence(tiny_model, tmp_path, sso):
             assert re.search(r"epoch 1: batch 2 of 2, loss [\d.]+, 0 s left", err)
             table = err[err.index("iteration  pairs") :].splitlines()
             assert [line.split()[:2] for line in table[1:3]] == [["0", "4"], ["1", "4"]]
+            assert "Total length" not in err
+            assert_tracked_as_written(tmp_path / "events" / "version_0", tmp_path / name)
+
+
+def assert_tracked_as_written(events, run):
+    """TensorBoard was given every number of metrics.csv and nothing else: no text, above all."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(events)).Reload()
+    kinds = found.Tags()
+    assert [kind for kind, tags in kinds.items() if tags and kind != "scalars"] == []
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    written = {key for row in rows for key, value in row.items() if value} - {"step", "epoch"}
+    assert {*kinds["scalars"]} - {"epoch", "hp_metric"} == written
+    for tag in ("train/loss", "pairs/kept", "pairs/gap_logp"):
+        ours = [(int(row["step"]), float(row[tag])) for row in rows if row.get(tag)]
+        theirs = [(each.step, each.value) for each in found.Scalars(tag)]
+        assert [step for step, _ in theirs] == [step for step, _ in ours]
+        assert [v for _, v in theirs] == pytest.approx([v for _, v in ours], rel=1e-6)
 
 
 def test_a_wrong_interval_is_refused():

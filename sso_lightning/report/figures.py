@@ -152,7 +152,7 @@ def _named(runs: list[Run], run: Run, name: str) -> str:
 
 
 def set_charts(runs: list[Run]) -> list[Markup]:
-    """Numbers by iteration, the feature mix and the drops, all runs together."""
+    """Numbers by iteration, all runs together; the feature mix and the drops of each."""
     drawn = []
     numbers = {id(pairs): numbers_of(run, pairs) for run in runs for pairs in run.sets}
     for title, (unit, measures) in SET_CHARTS.items():
@@ -176,22 +176,23 @@ def set_charts(runs: list[Run]) -> list[Markup]:
         ("Feature mix", "share of mentions, by iteration", "features"),
         ("Dropped queries by reason", "queries, by iteration", "dropped"),
     ):
-        owned = [(run, pairs) for run in runs for pairs in run.sets]
-        counts: list[Mapping[str, int]] = [getattr(pairs, what) for _, pairs in owned]
-        totals = [sum(each.values()) or 1 if what == "features" else 1 for each in counts]
-        columns = [
-            _named(runs, run, str(pairs.number) if pairs.kind == "iteration" else pairs.name)
-            for run, pairs in owned
+        counts: list[list[Mapping[str, int]]] = [
+            [getattr(pairs, what) for pairs in run.sets] for run in runs
         ]
-        rows = [
-            (
-                key.replace("_", " "),
-                [c.get(key, 0) / t for c, t in zip(counts, totals, strict=True)],
-            )
-            for key in dict.fromkeys(key for each in counts for key in each)
-        ]
-        if rows:
-            drawn.append(bar_chart(title, unit, columns, rows))
+        # the same keys in every run's drawing, so that a colour means the same in all
+        keys = dict.fromkeys(key for own in counts for each in own for key in each)
+        for run, own in zip(runs, counts, strict=True):
+            totals = [sum(each.values()) or 1 if what == "features" else 1 for each in own]
+            names = [str(p.number) if p.kind == "iteration" else p.name for p in run.sets]
+            rows = [
+                (
+                    key.replace("_", " "),
+                    [c.get(key, 0) / t for c, t in zip(own, totals, strict=True)],
+                )
+                for key in keys
+            ]
+            if rows and names:
+                drawn.append(bar_chart(_named(runs, run, title), unit, names, rows))
     return drawn
 
 

@@ -250,7 +250,7 @@
       }
     }
     const missing = record.scores ? [] : [make("p", { class: "note" },
-      "Log-probabilities of single tokens were not stored. They are where the objective asks for them: Anchored with form: k3, or an objective of yours with token_sequences such as ((\"query\", \"good\"), (\"bad\", \"bad\")).")];
+      "Log-probabilities of single tokens were not stored; a run with pairs.token_scores: true stores them.")];
     body.replaceChildren(facts, make("p", {}, numbers.join(" · ")), make("h3", {}, "Query"), ...turns,
       make("div", { class: "three" }, side("p+: good principle", good, fold), side("p-: bad principle", bad, badFold)), prompts,
       make("div", { class: "three" }, ...NAMES.map((name, i) => answer(record, name, i))), ...missing, same);

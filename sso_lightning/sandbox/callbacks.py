@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from sso_lightning.errors import InputError
+from sso_lightning.evaluation import write_scores
 from sso_lightning.policy import GENERATOR, POLICY, speaking
 from sso_lightning.principles import Draw, PrincipleSource
 from sso_lightning.prompts import ChatRenderer
@@ -110,6 +111,19 @@ def measure(
     Raises:
         InputError: A query is not one of the sandbox, or there are none.
     """
+    return answers_quality(_answers(model, renderer, queries, sampler, principles, seed, iteration))
+
+
+def _answers(
+    model: nn.Module,
+    renderer: ChatRenderer,
+    queries: Sequence[Query],
+    sampler: Sampler,
+    principles: PrincipleSource,
+    seed: int,
+    iteration: int = 0,
+) -> list[tuple[str, dict[str, str]]]:
+    """The text of each query, and its answers by context; see `measure`."""
 
     def ask(asked: Sequence[tuple[str, list[Message]]], max_new_tokens: int) -> list[str]:
         raise InputError("sandbox metrics need principles that do not ask the policy")
@@ -128,10 +142,10 @@ def measure(
         ]
     samples = sampler.sample(model, requests, stop_ids=renderer.stop_ids)
     texts = {sample.key: renderer.decode(sample.ids) for sample in samples}
-    return answers_quality(
+    return [
         (_text_of(query.messages), {c: texts[f"{index}/{c}"] for c in CONTEXTS})
         for index, query in enumerate(queries)
-    )
+    ]
 
 
 def _text_of(messages: Sequence[Message]) -> str:
@@ -145,6 +159,9 @@ class SandboxMetrics(Callback):
     random numbers, so that differences between two measurements are mostly the policy's. After a
     generator phase it is the generator that is measured, as `sandbox/generator_...`. On several
     processes each one measures the whole, since a sharded model needs all of them.
+
+    A fit also keeps the quality and the signal accuracy of every single query, at the start and
+    after each iteration of the policy, for `sso-lightning iterations`.
     """
 
     def __init__(
@@ -178,24 +195,35 @@ class SandboxMetrics(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the policy that training starts from, unless the run is resumed."""
         if trainer.global_step == 0 and trainer.current_epoch == 0:
-            self._log(trainer, pl_module)
+            self._log(trainer, pl_module, 0)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the policy as it is now, during training and under `validate`."""
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module)
+        if trainer.sanity_checking:
+            return
+        # a validation within an iteration, or of a generator phase, is of no iteration's policy
+        ends = trainer.state.fn == "fit" and trainer.is_last_batch
+        ends = ends and not getattr(pl_module, "trains_generator", False)
+        self._log(trainer, pl_module, int(pl_module.iteration) + 1 if ends else None)  # type: ignore[arg-type]
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, trained: int | None) -> None:
         generator = getattr(pl_module, "trains_generator", False) and trainer.global_step > 0
+        queries = load_queries(self.queries)[: self.limit]
         with speaking(pl_module.policy, GENERATOR if generator else POLICY) as model:
-            numbers = measure(
+            answers = _answers(
                 model,
                 pl_module.renderer,  # type: ignore[arg-type]
-                load_queries(self.queries)[: self.limit],
+                queries,
                 self.sampler,
                 self.principles,
                 self.seed,
             )
+        numbers = answers_quality(answers)
+        if trained is not None and trainer.is_global_zero:
+            each = {q.id: answers_quality([a]) for q, a in zip(queries, answers, strict=True)}
+            for metric in ("sandbox/quality", "sandbox/signal_accuracy"):
+                scores = {name: own[metric] for name, own in each.items()}
+                write_scores(Path(trainer.default_root_dir), metric, trained, scores)
         if generator:
             numbers = {k.replace("/", "/generator_"): v for k, v in numbers.items()}
         for logger in trainer.loggers:
