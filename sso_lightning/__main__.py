@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from sso_lightning.errors import InputError, OneLineParser, Stopped, hide_keys
+from sso_lightning.errors import InputError, OneLineParser, Stopped, hide_keys, mistake_behind
 from sso_lightning.version import __version__
 
 USAGE = """\
@@ -30,6 +30,8 @@ commands:
   export-pairs  pairs for TRL, LLaMA-Factory, SFT or a reward model:
                 sso-lightning export-pairs RUN --to trl --out FILE
   report    one HTML page of runs, with alarms: sso-lightning report RUN [RUN ...] [--check]
+  plan      memory, hours and a dry run, before a weight is loaded:
+            sso-lightning plan --config configs/qwen2_7b/sso_2024.yaml --devices 8
   judge     another model compares answers: sso-lightning judge RUN --base-url URL --model M
   iterations  what each iteration changed, with intervals: sso-lightning iterations RUN
   figure    signal accuracy and on-policyness of runs: sso-lightning figure RUN [RUN ...] --out FILE
@@ -43,9 +45,9 @@ options:
   --help     this text; `sso-lightning COMMAND --help` lists every setting of a command
   --version  print the version
 
-exit status: 0 done, 1 an error inside, 2 wrong input or settings, 130 Ctrl-C,
-143 SIGTERM, 138 SIGUSR1 (a fit that is stopped saves its state first: --ckpt_path last),
-3 an alarm of `report --check`.
+exit status: 0 done, 1 an error inside, 2 wrong input or settings, or a plan that does not fit,
+130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1 (a fit that is stopped saves its state first: --ckpt_path
+last), 3 an alarm of `report --check`.
 SSO_DEBUG=1 shows tracebacks.
 """
 
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _export,
         "export-pairs": _export_pairs,
         "report": _report,
+        "plan": _plan,
         "judge": _judge,
         "iterations": _iterations,
         "figure": _figure,
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("SSO_DEBUG") == "1":
             raise
-        mistake = _mistake(error)
+        mistake = mistake_behind(error)
         status = 2 if mistake else 1
         name = "" if mistake else f"{type(error).__name__}: "
         line = hide_keys(" ".join(str(mistake or error).split()))
@@ -112,15 +115,6 @@ def _interrupted(interrupt: KeyboardInterrupt) -> int:
         return 130
     sys.stderr.write(f"{interrupt}; continue with --ckpt_path last\n")
     return interrupt.status
-
-
-def _mistake(error: BaseException | None) -> InputError | None:
-    """The user's mistake behind an error: a parser wraps what a class refuses in its own words."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _train(arguments: list[str]) -> int:
@@ -177,6 +171,12 @@ def _sandbox(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     from sso_lightning.report.command import run
+
+    return run(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    from sso_lightning.plan.command import run
 
     return run(arguments)
 

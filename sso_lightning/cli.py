@@ -164,7 +164,7 @@ class SSOCLI(LightningCLI):
         own = RunLogger(self._root)
         fitting = self.subcommand == "fit"
         kept = [logger for logger in loggers if logger not in (None, True, False)]
-        _check_numbers(trainer)
+        check_numbers(trainer)
         try:
             made = super().instantiate_trainer(logger=[own, *kept] if fitting else kept, **kwargs)
         except ValueError as error:
@@ -189,7 +189,7 @@ class RewardCLI(SSOCLI):
     makes_pairs = False
 
 
-def _check_numbers(trainer: Any) -> None:
+def check_numbers(trainer: Any) -> None:
     """Refuse settings that the trainer takes without a word and stumbles over later."""
     counts = ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch")
     lowest: dict[str, float] = {**dict.fromkeys(counts, 1), "gradient_clip_val": 0}
@@ -243,7 +243,7 @@ def quieten() -> None:
     log.propagate = False
 
 
-def run(argv: Sequence[str], cli: type[SSOCLI] = SSOCLI) -> None:
+def run(argv: Sequence[str], cli: type[SSOCLI] = SSOCLI) -> SSOCLI:
     """Parse and run one command.
 
     Args:
@@ -251,13 +251,13 @@ def run(argv: Sequence[str], cli: type[SSOCLI] = SSOCLI) -> None:
         cli: What is trained.
     """
     quieten()
-    for path in _configs(argv):
+    for path in configs(argv):
         check_file(path)
     # a console script does not see the working folder; appended, so that it shadows nothing
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        make(cli, argv)
+        return make(cli, argv)
     except ArgumentError as error:
         raise InputError(one_line(str(error), argv[0])) from error
     except MisconfigurationException as error:
@@ -280,7 +280,7 @@ def make(cli: type[SSOCLI], argv: Sequence[str]) -> SSOCLI:
     )
 
 
-def _configs(argv: Sequence[str]) -> list[Path]:
+def configs(argv: Sequence[str]) -> list[Path]:
     """The configuration files of a command line."""
     flags = ("--config", "-c")
     given = [b for a, b in pairwise(argv) if a in flags and not b.startswith("-")]

@@ -41,6 +41,9 @@ Stored = TypeVar("Stored")
 
 _COUNT = "queries_per_iteration"
 _OWN = (_COUNT, "steps_per_iteration")  # where None means all, not the policy's number
+SOURCES = ("queries", "val_queries", "predict_queries", "pairs", "val_pairs")
+"""Settings of `SSODataModule` that name files."""
+
 _WINDOW = 64  # batches of records that are sorted by size together
 
 
@@ -494,36 +497,46 @@ class SSODataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Fail early if there is nothing to work on."""
+        problems = self.problems(stage, self._module, self._trainer.max_steps)
+        if problems:
+            raise InputError(problems[0])
+
+    def problems(self, stage: str, module: Any, max_steps: int) -> list[str]:
+        """What contradicts the module's settings or each other, all of it."""
+        found = []
         if stage == "fit" and not (self.queries or self.pairs):
-            raise InputError(
-                "set data.queries (fresh pairs every iteration) or data.pairs (offline)"
-            )
-        if stage == "fit" and self._module.generator and not self.queries:
-            raise InputError("model.generator needs data.queries: it writes the pairs itself")
-        if self.generator and not self._module.generator:
-            raise InputError("data.generator is set, but model.generator is not")
-        endless = self._trainer.max_steps <= 0 and not self._module.schedule.restart
+            found.append("set data.queries (fresh pairs every iteration) or data.pairs (offline)")
+        if stage == "fit" and module.generator and not self.queries:
+            found.append("model.generator needs data.queries: it writes the pairs itself")
+        if self.generator and not module.generator:
+            found.append("data.generator is set, but model.generator is not")
+        endless = max_steps <= 0 and not module.schedule.restart
         if stage == "fit" and self.queries and self.max_tokens and endless:
-            raise InputError(
+            found.append(
                 "model.schedule.restart: false needs to know the steps of the run, which "
                 "data.max_tokens leaves open; set trainer.max_steps, or restart: true"
             )
         if stage == "predict" and not self.predict_queries:
-            raise InputError("predict needs data.predict_queries")
+            found.append("predict needs data.predict_queries")
+        return found
 
     def check_files(self) -> None:
         """Read all files before a large model is loaded; callbacks may have made them."""
-        for key in ("queries", "val_queries", "predict_queries", "pairs", "val_pairs"):
-            path = getattr(self, key)
-            if path and not is_hub(path) and not Path(path).exists():
-                raise InputError(f"data.{key}: no file {path}")
-            if path and key.endswith("pairs"):
-                self._given[key] = load_records(path, self._columns(key))
-            elif path:
-                queries = self._queries(key)
-                if key == "queries":
-                    for count in (self.queries_per_iteration, self._of_generator.get(_COUNT)):
-                        self._take(queries, 0, count)
+        for key in SOURCES:
+            self.check_source(key)
+
+    def check_source(self, key: str) -> None:
+        """Read one of `SOURCES`, if it is given."""
+        path = getattr(self, key)
+        if path and not is_hub(path) and not Path(path).exists():
+            raise InputError(f"data.{key}: no file {path}")
+        if path and key.endswith("pairs"):
+            self._given[key] = load_records(path, self._columns(key))
+        elif path:
+            queries = self.queries_of(key)
+            if key == "queries":
+                for count in (self.queries_per_iteration, self._of_generator.get(_COUNT)):
+                    self._take(queries, 0, count)
 
     def check_pairs(self) -> None:
         """Check the records of files against tokenizer and objective, before weights are loaded."""
@@ -569,7 +582,7 @@ class SSODataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PairBatch]:
         """Sample pairs for `predict_queries` into `pairs/predict` and serve them in batches."""
         assert self.predict_queries
-        records = self._regenerate(self._queries("predict_queries"), 0, "predict")
+        records = self._regenerate(self.queries_of("predict_queries"), 0, "predict")
         return self._held_out(records)
 
     def state_dict(self) -> dict[str, Any]:
@@ -662,7 +675,7 @@ class SSODataModule(pl.LightningDataModule):
             return None
         else:
             assert self.queries
-            count = self.queries_per_iteration or len(self._queries("queries"))
+            count = self.queries_per_iteration or len(self.queries_of("queries"))
             per_rank = count // self._trainer.world_size
             batches = -(-per_rank // self.batch_size) * self.passes
         steps = -(-batches // self._trainer.accumulate_grad_batches)
@@ -679,7 +692,7 @@ class SSODataModule(pl.LightningDataModule):
         if self._module.trains_generator:
             name = f"generator-{iteration:02d}"
         if fitting and self.queries:
-            queries = self._take(self._queries("queries"), iteration, self._number(_COUNT))
+            queries = self._take(self.queries_of("queries"), iteration, self._number(_COUNT))
             self._train = self._regenerate(queries, iteration, name)
         elif fitting and not self._train:
             assert self.pairs
@@ -689,7 +702,7 @@ class SSODataModule(pl.LightningDataModule):
                 self._val or self._offline("val_pairs", "offline/validation")[: self.val_limit]
             )
         elif self.val_queries:
-            queries = self._queries("val_queries")[: self.val_limit]
+            queries = self.queries_of("val_queries")[: self.val_limit]
             where = f"{name}/validation" if fitting else "validation"
             self._val = self._regenerate(queries, iteration, where)
         self._built = epoch
@@ -731,11 +744,15 @@ class SSODataModule(pl.LightningDataModule):
             )
         return {k: v for k, v in common.items() if isinstance(v, str)}
 
-    def _queries(self, key: str) -> list[Query]:
+    def queries_of(self, key: str) -> list[Query]:
         """The queries of a source, read once: a hub's may change while a run goes on."""
         if key not in self._read:
             self._read[key] = load_queries(getattr(self, key), self._columns(key))
         return self._read[key]
+
+    def pairs_of(self, key: str) -> list[Record]:
+        """The records of a source that `check_source` read, without what scoring adds."""
+        return self._given.get(key, [])
 
     def _offline(self, key: str, name: str) -> list[Record]:
         """Records of a source with token ids and the reference's log-probabilities."""
@@ -746,7 +763,7 @@ class SSODataModule(pl.LightningDataModule):
         records = self._given.pop(key, None) or load_records(getattr(self, key), self._columns(key))
         for record in records:
             if self.retokenize or not record.prompt_ids:
-                self._tokenize(record, self._module.renderer)
+                self.tokenize(record, self._module.renderer)
         return self.regenerator.score(records, self._sequences, name)
 
     def _check_record(self, record: Record, where: str) -> None:
@@ -784,7 +801,7 @@ class SSODataModule(pl.LightningDataModule):
         if lacking:
             raise InputError(f"{where} has no {lacking[0]}, which {objective} needs")
 
-    def _tokenize(self, record: Record, renderer: ChatRenderer) -> None:
+    def tokenize(self, record: Record, renderer: ChatRenderer) -> None:
         """Give a record from a file the token ids of what the objective needs."""
         systems = {"query": None, "good": record.good_system, "bad": record.bad_system}
         record.prompt_ids = {

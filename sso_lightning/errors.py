@@ -14,6 +14,15 @@ class InputError(ValueError):
     """
 
 
+def mistake_behind(error: BaseException | None) -> InputError | None:
+    """The user's mistake behind an error: a parser wraps what a class refuses in its own words."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end. An interrupt, because trainers shut down cleanly for those.
 

@@ -100,6 +100,10 @@ class ChatRenderer:
         """
         return self._encode(self._text(messages, system))
 
+    def as_text(self, messages: Sequence[Message], system: str | None = None) -> str:
+        """The text that `render` turns into token ids."""
+        return self._text(messages, system)
+
     def render_answered(
         self, messages: Sequence[Message], answer: str, system: str | None = None
     ) -> list[int]:

@@ -447,6 +447,43 @@ class _Slots:
         return self._masks[window]
 
 
+def rehearse(
+    model: nn.Module, prompts: Sequence[int], rows: int, capacity: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Prefill some slots, then let all decode a token: what `TransformersSampler` does at its most.
+
+    For finding out what that takes, also with tensors without data; no token is picked.
+
+    Args:
+        model: The policy.
+        prompts: Tokens of the prompts of one prefill.
+        rows: Slots.
+        capacity: Tokens of a slot.
+
+    Returns:
+        Keys and values of each layer.
+
+    Raises:
+        InputError: The architecture is not sampled in slots.
+    """
+    if not _fits_slots(model):
+        kind = causal_lm(model).config.model_type
+        raise InputError(f"the architecture {kind!r} is not sampled in slots")
+    slots = _Slots(rows, capacity)
+    with torch.no_grad(), eval_mode(model), _attention(causal_lm(model).get_decoder().config):
+        # prompts that differ: equal neighbours would be computed once
+        ids = [[number % 2] * length for number, length in enumerate(prompts)]
+        _masses(slots.prefill(model, ids, 0))
+        _masses(slots.decode(model, [(0, capacity)] * rows))
+    return list(slots._store.values())
+
+
+def _masses(logits: Tensor) -> None:
+    """What `pick_tokens` holds at its most."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    (logits.to(wide) / 1.0).softmax(-1).cumsum(-1, dtype=torch.float64)
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,

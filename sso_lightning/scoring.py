@@ -53,6 +53,23 @@ _GPU_TILE_BYTES = 64 << 20
 _KEPT_BYTES = 192 << 20
 
 
+_planned: str | None = None
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Take the passes, tiles and kernels of another kind of device (`cpu`, `cuda`).
+
+    For tensors without data only: that device's kernel is taken to work.
+    """
+    global _planned
+    before, _planned = _planned, kind
+    try:
+        yield
+    finally:
+        _planned = before
+
+
 @dataclass(frozen=True)
 class Tree:
     """One prompt and the responses that continue it, as token ids."""
@@ -223,8 +240,9 @@ def _score(
     if reason:
         _say_once(reason)
         return _score_rows(root if sharded else model, trees, None if in_step else max_tokens)
-    tile_bytes = chunk_bytes or _TILE_BYTES.get(device.type, _GPU_TILE_BYTES)
-    if max_tokens is None and device.type == "cpu":
+    kind = _planned or device.type
+    tile_bytes = chunk_bytes or _TILE_BYTES.get(kind, _GPU_TILE_BYTES)
+    if max_tokens is None and kind == "cpu":
         max_tokens = _CPU_PASS_TOKENS
     if in_step:
         max_tokens = None
@@ -232,12 +250,11 @@ def _score(
     if not groups:
         nothing = torch.zeros(0, device=device)
         return nothing, nothing, torch.zeros(0, dtype=torch.int64, device=device)
-    if not sharded:
+    if not sharded and torch.is_grad_enabled():
         return _score_trees(root, groups, tile_bytes, entropy)
-    parts = [
-        _as_forward(root, partial(_score_trees, root, [group], tile_bytes, entropy))
-        for group in groups
-    ]
+    # without gradient nothing of a pass is needed after it, and a set may be large
+    calls = [partial(_score_trees, root, [group], tile_bytes, entropy) for group in groups]
+    parts = [_as_forward(root, call) if sharded else call() for call in calls]
     tokens, entropies, owners = (torch.cat(column) for column in zip(*parts, strict=True))
     return tokens, entropies, owners
 
@@ -366,11 +383,9 @@ class _Row:
                 )
                 for i in part
             ]
-            sizes = torch.tensor(
-                [[0, 0]] + [[s.length, s.prompt_length + s.length] for s in self.segments]
-            )
-            ends = sizes.cumsum(0).to(torch.int32).to(self.device)
-            most = sizes.amax(0).tolist()
+            sizes = [(s.length, s.prompt_length + s.length) for s in self.segments]
+            ends = torch.tensor([(0, 0), *sizes]).cumsum(0).to(torch.int32).to(self.device)
+            most = map(max, zip(*sizes, strict=True))
             index = torch.tensor(keys, device=self.device)
             self._varlen = (index, ends[:, 0].contiguous(), ends[:, 1].contiguous(), *most)
         return self._varlen
@@ -554,9 +569,10 @@ def _attend(
         Output [1, tokens, heads, head width], and None for the weights.
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and not softcap and not dropout:
+    kind = _planned or query.device.type
+    if kind == "cuda" and half and not softcap and not dropout:
         shape = query.shape[1], key.shape[1], query.shape[3]
-        if _varlen_agrees(query.device, query.dtype, *shape):
+        if _planned or _varlen_agrees(query.device, query.dtype, *shape):
             return _attend_varlen(query, key, value, sso_row, scaling, sliding_window), None
     out = _attend_segments(query, key, value, sso_row, scaling, sliding_window, softcap, dropout)
     return out, None

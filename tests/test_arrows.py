@@ -66,7 +66,7 @@ MAY_IMPORT["generate"].add("progress")
 MAY_IMPORT["schema"] = {"cli"}
 MAY_IMPORT["__main__"] = {"errors", "version", "cli", "checkpoints", "policy", "formats", "sandbox"}
 MAY_IMPORT["__main__"].add("schema")
-MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report"}
+MAY_IMPORT["__main__"] |= {"rewardbench", "augment", "checkpoint_files", "report", "plan"}
 MAY_IMPORT["__main__"] |= {"judge", "iterations", "generate"}
 REPORT = {"errors", "version", "records", "principles", "prompts", "sandbox", "report"}
 REPORT.add("evaluation")
@@ -83,6 +83,7 @@ NO_TORCH = (
     "endpoint",
     "augment",
     "report.command",
+    "plan.command",
     "rewardbench",
     "evaluation",
     "generate",
@@ -126,7 +127,8 @@ def test_arrows_point_one_way(path):
 def test_the_arrows_themselves_have_no_circle():
     order, left = [], dict(MAY_IMPORT)
     while left:
-        free = [room for room, needs in left.items() if needs - {"sandbox", "report"} <= {*order}]
+        side = {"sandbox", "report", "plan"}
+        free = [room for room, needs in left.items() if needs - side <= {*order}]
         assert free, f"a circle among {sorted(left)}"
         order += free
         left = {room: needs for room, needs in left.items() if room not in free}
@@ -143,6 +145,13 @@ def test_the_report_is_a_side_room():
     for path in (PACKAGE / "report").glob("*.py"):
         allowed = REPORT | ({"callbacks"} if path.stem == "callback" else set())
         assert imported_rooms(path.read_text()) <= allowed, path.name
+
+
+def test_the_plan_is_a_side_room():
+    users = {p.stem for p in PACKAGE.glob("*.py") if "plan" in imported_rooms(p.read_text())}
+    assert users <= {"__main__"}
+    for path in (PACKAGE / "plan").glob("*.py"):
+        assert not imported_rooms(path.read_text()) & {"__main__", "sandbox", "report"}, path.name
 
 
 def python(code: str) -> tuple[str, str, float]:
