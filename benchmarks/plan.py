@@ -140,6 +140,7 @@ def phases(run: Any, model: Any, device: str) -> dict[str, Callable[[], None]]:
     def training() -> None:
         step()
         step()
+        model.zero_grad()  # as the run does at the end of an iteration
 
     return {"sampling": sampling, "scoring": scoring, "training": training}
 

@@ -370,7 +370,12 @@ class SSOModule(pl.LightningModule):
         self._ipo_progress = []
 
     def on_train_epoch_end(self) -> None:
-        """Warn while IPO's target is out of reach: nothing then holds the policy back."""
+        """Drop the gradients, and warn while IPO's target is out of reach.
+
+        Nothing holds the policy back then.
+        """
+        # the trainer keeps them until the next step: all through the next set's sampling
+        self.zero_grad(set_to_none=True)
         if not isinstance(self.objective.base, IPO) or not self._ipo_progress:
             return
         late = self._ipo_progress[len(self._ipo_progress) // 2 :]

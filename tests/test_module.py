@@ -413,6 +413,8 @@ def test_previous_scores_are_those_at_the_iterations_start(tiny_model, query_fil
 
     made = module(tiny_model, lr=0.05, lora=LoRA(r=4, alpha=8))
     fit(tmp_path / "run", made, query_file, max_epochs=2)
+    # sets are built between epochs, when no gradient takes memory
+    assert all(p.grad is None for p in made.parameters())
     first = next((tmp_path / "run" / "checkpoints").glob("iteration-00-*.ckpt"))
     export_checkpoint(first, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)

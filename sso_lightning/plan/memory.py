@@ -103,7 +103,7 @@ class Run:
         cache_tokens: `sampler.max_tokens`.
         initial: Whether the reference is the policy before any training.
         generator: Whether there is a second adapter.
-        repeats: Whether sampling comes after training: moments and gradients are there then.
+        repeats: Whether sampling comes after training: moments are there then.
     """
 
     policy: PolicyConfig
@@ -223,9 +223,8 @@ class Planner:
             return {part: size for part, size in every.items() if size}
 
         found: Phases = {}
-        left = {"gradients": buckets}  # of the training before
-        if run.repeats:
-            left = {"gradients": kept + buckets, "optimizer": moments}
+        # of the training before
+        left = {"gradients": buckets, "optimizer": moments if run.repeats else 0}
         taken = sum(fixed.values()) + sum(left.values())
         more = {"activations": dense, "gathered": self._gathered(run, made, taken)}
         if run.rows is not None:
