@@ -6,6 +6,7 @@ a command needs it: `--version`, `--help` and a misspelt command answer at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -88,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         sys.stderr.write(f"error: unknown command {arguments[0]!r}; see sso-lightning --help\n")
         return 2
+    # importing bitsandbytes advises to fetch a kernel from a hub
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "kernels-community" not in record.getMessage()
+    )
     try:
         return command(arguments[1:])
     except KeyboardInterrupt as interrupt:

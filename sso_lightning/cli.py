@@ -233,10 +233,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
-    # a faster kernel for CPUs, from a hub that nobody asked for
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: "kernels-community" not in record.getMessage()
-    )
     for name in ("lightning.pytorch", "lightning.fabric"):  # a quiet run before may have changed it
         logging.getLogger(name).setLevel(logging.INFO)
     # anew for every run: a handler keeps the stderr that it was made with
