@@ -1,6 +1,6 @@
 """Self-Steering Optimization in a Fabric loop of your own, sharded with FSDP2.
 
-    python examples/fabric_loop.py --model sandbox/model --queries sandbox/queries/train.jsonl
+    python examples/fabric_loop.py --model sandbox/model --queries sandbox/train.jsonl
     python examples/fabric_loop.py --model ... --queries ... --devices 8 --precision bf16-true
 
 Pairs, batches, scoring and objective are the library's; the loop is yours to change.
