@@ -37,7 +37,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from step import MODELS as STEP_MODELS
-from step import Settings, matmul_rate
+from step import Settings, make_config, matmul_rate
 
 from sso_lightning import pairs
 from sso_lightning.callbacks import PairCallback, RegeneratePairs
@@ -63,22 +63,9 @@ TEMPLATE = (
 def make_model(folder: Path, name: str, device: str) -> None:
     """Write random weights in bfloat16 and a tokenizer that has a text for every id."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary, width, layers, mlp, heads, key_heads = MODELS[name]
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=mlp,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        max_position_embeddings=32768,
-    )
+    vocabulary, config = MODELS[name][0], make_config(MODELS[name], max_position_embeddings=32768)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -15,26 +15,16 @@ import time
 from unittest import mock
 
 import torch
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from step import MODELS, Case, make_config, make_records
+from transformers import Qwen2ForSequenceClassification
 
-from benchmarks.step import MODELS, Case, make_records
 from sso_lightning import reward
 
 
 def make_model(name: str) -> Qwen2ForSequenceClassification:
     """A classifier of the model's size with random weights."""
-    vocabulary, width, layers, mlp, heads, key_heads = MODELS[name]
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=mlp,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        num_labels=1,
-        pad_token_id=0,
-    )
+    config = make_config(MODELS[name], num_labels=1)
     return Qwen2ForSequenceClassification(config).train()
 
 

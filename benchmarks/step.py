@@ -103,14 +103,12 @@ def make_records(case: Case) -> list[dict[str, dict[str, list[int]]]]:
     return records
 
 
-def make_model(case: Case, settings: Settings) -> Any:
-    """A Qwen2 of the case's size with random weights, the same for every variant."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def make_config(sizes: tuple[int, ...], **more: Any) -> Any:
+    """The config of a Qwen2 of a row of `MODELS`."""
+    from transformers import Qwen2Config
 
-    vocabulary, width, layers, mlp, heads, key_heads = MODELS[case.model]
-    torch.manual_seed(0)
-    config = Qwen2Config(
+    vocabulary, width, layers, mlp, heads, key_heads = sizes
+    return Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -121,7 +119,17 @@ def make_model(case: Case, settings: Settings) -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **more,
     )
+
+
+def make_model(case: Case, settings: Settings) -> Any:
+    """A Qwen2 of the case's size with random weights, the same for every variant."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = make_config(MODELS[case.model])
     model = Qwen2ForCausalLM(config).to(settings.device, getattr(torch, settings.dtype)).train()
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
