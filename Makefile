@@ -1,6 +1,7 @@
 # Everything runs in .venv, which `setup` makes from any Python 3.10 or newer: no other tool needed.
 PYTHON ?= python3
 BIN := .venv/bin
+BASE := .venv/.base
 READY := .venv/.ready
 # processes that run tests
 WORKERS ?= 2
@@ -10,15 +11,21 @@ WORKERS ?= 2
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+# what the library itself needs
+$(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: Python 3.10 or newer is needed; name one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $(BASE)
+
+# and all extras that run without a GPU, with what tests need
+$(READY): $(BASE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
 # two minutes for the tiny model, then SSO and its baseline side by side
-demo: setup
+demo: $(BASE)
 	$(BIN)/python -m sso_lightning.sandbox.demo
 
 test: lint
