@@ -16,6 +16,7 @@ import torch
 
 from sso_lightning.__main__ import main
 from sso_lightning.errors import InputError
+from sso_lightning.evaluation import write_scores
 from sso_lightning.losses import IPO
 from sso_lightning.objectives import ContrastLogps, SelfSteering
 from sso_lightning.pairs import report as pairs_report
@@ -181,6 +182,26 @@ def test_drift_is_worked_out_by_hand(tmp_path):
 def digest(root):
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return [(str(p.relative_to(root)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+
+
+def test_scores_of_the_policy_are_means_by_iteration_and_damage_is_told(tmp_path):
+    root = write_run(tmp_path / "run", {"iteration-00": [record("q")]})
+    for iteration, scores in {0: {"a": 0.25, "b": 0.5}, 2: {"a": 1.0}}.items():
+        write_scores(root, "judge/win_rate", iteration, scores)
+    write_scores(root, "lm_eval/task/acc", 2, {"1": 0.125})
+    out, _ = page_of(tmp_path, root)
+    table = out[out.index("Evaluations of the policy") :]
+    heads = re.findall(r"<th scope=\"col\">(.*?)</th>", table)[:4]
+    assert heads == ["mean score", "start", "after 2", "items"]
+    cells = re.findall(r"<bdi>(\S+)</bdi></th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", table)
+    assert cells == [
+        ("judge/win_rate", "0.375", "1.000", "2"),
+        ("lm_eval/task/acc", "not known", "0.125", "1"),
+    ]
+    (root / "evaluations/judge/win_rate/iteration-02.jsonl").write_text('{"id": "a"}\n')
+    out, page = page_of(tmp_path, root)
+    assert "Evaluations of the policy" not in out
+    assert "iteration-02.jsonl, line 1: 'score' must be a number, got None" in page.text
 
 
 def test_a_damaged_run_is_read_as_far_as_it_is_whole_and_left_as_it_is(tmp_path):

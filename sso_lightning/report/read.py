@@ -16,11 +16,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from sso_lightning.errors import InputError, hide_keys
+from sso_lightning.evaluation import read_scores
 from sso_lightning.principles import principle_rates
 from sso_lightning.records import RESPONSES, PairStore, Record, load_records, stream_seed
 from sso_lightning.report.facts import (
@@ -127,6 +129,7 @@ class Run:
         weight_note: Why there is no W, or "".
         curves: Column of metrics.csv to (optimizer step, value) pairs.
         sets: In the order in which they were made.
+        evaluations: Metric to iterations of training to (mean score, number of items).
         problems: What could not be read.
     """
 
@@ -138,6 +141,7 @@ class Run:
     weight_note: str = ""
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     sets: list[PairSet] = field(default_factory=list)
+    evaluations: dict[str, dict[int, tuple[float, int]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -178,6 +182,7 @@ def _read_run(root: Path, name: str, seed: int, keep: int, cache: Cache) -> Run:
         raise InputError(f"{root}: not the folder of a run: neither metrics.csv nor pairs/ in it")
     lore = _read_settings(run)
     _read_curves(run)
+    _read_evaluations(run)
     for match, folder in folders:
         manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
         key = (str(folder.resolve()), manifest)
@@ -203,6 +208,18 @@ def _set_folders(root: Path) -> list[tuple[re.Match[str], Path]]:
 
 
 # --------------------------------------------------------------------------------- settings, curves
+
+
+def _read_evaluations(run: Run) -> None:
+    try:
+        scores = read_scores(run.root)
+    except InputError as error:
+        run.problems.append(str(error))
+        return
+    run.evaluations = {
+        metric: {i: (fmean(own.values()), len(own)) for i, own in by.items() if own}
+        for metric, by in scores.items()
+    }
 
 
 def _flat(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
