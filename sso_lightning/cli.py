@@ -227,8 +227,6 @@ def quieten() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*Checkpoint directory .* exists and is not empty.*"
     )
-    # no held-out sets
-    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero.*")
     # what is logged was gathered from all processes by torchmetrics
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -133,37 +133,50 @@ class ContinuousBatchingSampler(DrawingSampler):
         config = GenerationConfig(
             **drawn, max_new_tokens=self.max_new_tokens, eos_token_id=stops, pad_token_id=0
         )
-        answers: list[list[int] | None] = [None] * len(requests)
         with base.continuous_batching_context_manager(
             generation_config=config,
             continuous_batching_config=self._limits(requests, device),
             warmup=device.type == "cuda",
         ) as manager:
-            for at, request in enumerate(requests):
-                manager.add_request(
-                    request.prompt,
-                    request_id=str(at),
-                    max_new_tokens=self.limit(request),
-                    eos_token_id=stops,
-                )
-            left = len(requests)
-            while left:
-                result = manager.get_result(timeout=_SILENCE)
-                if result is None:
-                    if manager.is_running():
-                        continue
-                    raise InputError("continuous batching: the engine ended before all answers")
-                if not result.is_finished():
+            try:
+                return self._collect(manager, requests, stops, progress)
+            except BaseException:
+                # leaving the block would first answer all that waits
+                for at in range(len(requests)):
+                    manager.cancel_request(str(at))
+                raise
+
+    def _collect(
+        self,
+        manager: Any,
+        requests: Sequence[Request],
+        stops: list[int],
+        progress: Progress | None,
+    ) -> list[list[int]]:
+        for at, request in enumerate(requests):
+            manager.add_request(
+                request.prompt,
+                request_id=str(at),
+                max_new_tokens=self.limit(request),
+                eos_token_id=stops,
+            )
+        answers: dict[str, list[int]] = {}
+        while len(answers) < len(requests):
+            result = manager.get_result(timeout=_SILENCE)
+            if result is None:
+                if manager.is_running():
                     continue
-                if result.error is not None or not result.generated_tokens:
-                    key = requests[int(result.request_id)].key
-                    reason = " ".join(str(result.error).split())
-                    raise InputError(f"continuous batching: request {key!r}: {reason}")
-                left -= 1
-                answers[int(result.request_id)] = list(result.generated_tokens)
-                if progress:
-                    progress(len(result.generated_tokens), 1)
-        return cast(list[list[int]], answers)
+                raise InputError("continuous batching: the engine ended before all answers")
+            if not result.is_finished():
+                continue
+            if result.error is not None or not result.generated_tokens:
+                key = requests[int(result.request_id)].key
+                reason = " ".join(str(result.error).split())
+                raise InputError(f"continuous batching: request {key!r}: {reason}")
+            answers[result.request_id] = list(result.generated_tokens)
+            if progress:
+                progress(len(result.generated_tokens), 1)
+        return [answers[str(at)] for at in range(len(requests))]
 
     def _limits(self, requests: Sequence[Request], device: torch.device) -> Any:
         """The engine's sizes; outside of a GPU it cannot find any by itself."""

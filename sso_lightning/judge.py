@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +32,7 @@ from sso_lightning.evaluation import (
     write_scores,
 )
 from sso_lightning.formats import records_of
+from sso_lightning.progress import steps
 from sso_lightning.records import Message, load_records, replace_file
 from sso_lightning.sources import parse_json, rows_of
 
@@ -147,7 +148,7 @@ def judge(contests: Sequence[Contest], endpoint: Endpoint) -> list[Outcome]:
         InputError: The server refuses, or too many requests fail (`Endpoint.max_failed`).
     """
     outcomes = []
-    for start in _progress(range(0, len(contests), PAIRS_AT_ONCE)):
+    for start in steps("judging", range(0, len(contests), PAIRS_AT_ONCE)):
         prompts = [
             prompt_for(contest.messages, *places)
             for contest in contests[start : start + PAIRS_AT_ONCE]
@@ -157,14 +158,6 @@ def judge(contests: Sequence[Contest], endpoint: Endpoint) -> list[Outcome]:
         verdicts = [verdict_of(reply) for reply in replies]
         outcomes += [Outcome(pair) for pair in zip(verdicts[::2], verdicts[1::2], strict=True)]
     return outcomes
-
-
-def _progress(steps: range) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(steps, "judging", console=console, disable=not console.is_terminal)
 
 
 # ------------------------------------------------------------------------------------- the numbers

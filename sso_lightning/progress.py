@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 log = logging.getLogger("sso_lightning")
+
+T = TypeVar("T")
 
 EVERY = 60.0
 """Seconds between two lines where there is no terminal."""
@@ -80,6 +83,15 @@ def progress(
 
     with bar:
         yield advance
+
+
+def steps(what: str, of: Sequence[T]) -> Iterable[T]:
+    """Go through steps of like length, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(of, what, console=console, disable=not console.is_terminal)
 
 
 def in_words(seconds: float) -> str:

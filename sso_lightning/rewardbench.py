@@ -28,6 +28,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sso_lightning.errors import InputError, OneLineParser
+from sso_lightning.progress import steps
 from sso_lightning.records import Message
 from sso_lightning.sources import Row, rows_of
 
@@ -405,7 +406,7 @@ def reward_scorer(
         order = sorted(range(len(items)), key=lambda i: -max(map(len, groups[i])))
         found: list[list[float]] = [[]] * len(items)
         with uneven_calls(model):
-            for start in _progress(range(0, len(order), batch)):
+            for start in steps("scoring", range(0, len(order), batch)):
                 part = order[start : start + batch]
                 values = iter(rewards_of(model, [groups[i] for i in part]).tolist())
                 for index in part:
@@ -464,7 +465,7 @@ def implicit_scorer(
             with uneven_calls(model):
                 parts = [
                     response_logps(model, trees[start : start + batch])
-                    for start in _progress(range(0, len(trees), batch))
+                    for start in steps("scoring", range(0, len(trees), batch))
                 ]
             # of several processes one may have nothing to score
             sums.append(torch.cat([torch.zeros(0), *(logps.cpu() for logps, _ in parts)]))
@@ -521,14 +522,6 @@ def _launch(devices: int, strategy: str, device: str) -> tuple[Callable[[Any], A
 def _by_item(items: Sequence[Item], values: Sequence[float]) -> list[list[float]]:
     rest = iter(values)
     return [[next(rest) for _ in item.answers] for item in items]
-
-
-def _progress(steps: range) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(steps, "scoring", console=console, disable=not console.is_terminal)
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -33,7 +33,8 @@ SLOT_ARCHITECTURES = frozenset(
 """`config.model_type` of the architectures whose slots a test compares with `generate`."""
 
 _IMPLEMENTATION = "sso_slots"
-_PREFILL_TOKENS = 4096  # in one call
+PREFILL_TOKENS = 4096
+"""Most tokens of the prompts of one call, unless one prompt has more."""
 
 Progress = Callable[[int, int], None]
 
@@ -248,7 +249,7 @@ class TransformersSampler(DrawingSampler):
                 while waiting and len(live) < rows:
                     prompt = waiting[-1].request.prompt
                     if len(live) == old or prompt != live[-1].request.prompt:
-                        if tokens and tokens + len(prompt) > _PREFILL_TOKENS:
+                        if tokens and tokens + len(prompt) > PREFILL_TOKENS:
                             break
                         tokens += len(prompt)
                     live.append(waiting.pop())

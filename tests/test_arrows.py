@@ -50,7 +50,7 @@ MAY_IMPORT["checkpoints"] = {"errors", "records", "runs", "checkpoint_files"}
 MAY_IMPORT["callbacks"] = MAY_IMPORT["pairs"] | {"pairs", "data", "module", "checkpoints"}
 MAY_IMPORT["reward"] = MAY_IMPORT["module"] | {"module", "formats", "records", "sources"}
 MAY_IMPORT["rewardbench"] = {"errors", "sources", "records", "prompts", "policy", "scoring"}
-MAY_IMPORT["rewardbench"] |= {"reward", "processes", "sharding"}
+MAY_IMPORT["rewardbench"] |= {"reward", "processes", "sharding", "progress"}
 MAY_IMPORT["benchmarks"] = {
     *("errors", "records", "evaluation", "processes", "sharding", "policy", "sampling", "module"),
     "checkpoint_files",
@@ -59,6 +59,7 @@ MAY_IMPORT["cli"] = MAY_IMPORT["callbacks"] | {"callbacks", "runs", "settings", 
 MAY_IMPORT["cli"] |= {"checkpoint_files", "terminal", "reward", "benchmarks"}
 MAY_IMPORT["terminal"] = {"errors", "progress", "runs"}
 MAY_IMPORT["judge"] = {"errors", "sources", "records", "formats", "endpoint", "evaluation"}
+MAY_IMPORT["judge"].add("progress")
 MAY_IMPORT["augment"] = {"errors", "records", "endpoint", "policy", "prompts", "sampling"}
 MAY_IMPORT["generate"] = {"errors", "records", "sources", "prompts", "policy", "sampling"}
 MAY_IMPORT["generate"].add("progress")

@@ -157,6 +157,22 @@ def test_a_failure_of_continuous_batching_is_told_and_leaves_the_model_as_it_was
     assert model.config._attn_implementation == "eager"
 
 
+def test_an_interrupt_of_continuous_batching_does_not_wait_for_the_other_answers():
+    model, calls = make(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    asked = [Request("short", [3, 4], 0, max_new_tokens=2)]
+    asked += [Request(str(i), [3, 4, 5], i, max_new_tokens=3000) for i in range(3)]
+
+    def interrupt(tokens, done):
+        raise KeyboardInterrupt
+
+    sampler = ContinuousBatchingSampler(temperature=0)
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(model, asked, stop_ids=[], progress=interrupt)
+    assert 0 < len(calls) < 2000
+    assert sampler.sample(model, asked[:1], stop_ids=[])[0].finish == "length"
+
+
 def test_draws_of_continuous_batching_are_those_of_its_seeds():
     model = make()
     sampler = ContinuousBatchingSampler(max_new_tokens=12, top_p=0.9)

@@ -20,6 +20,7 @@ from sso_lightning.plan.simulate import (
     optimizer_bytes,
 )
 from sso_lightning.policy import LoRA, PolicyConfig
+from sso_lightning.sampling import PREFILL_TOKENS
 from sso_lightning.scoring import Tree
 from sso_lightning.sharding import ROOM
 
@@ -40,8 +41,6 @@ PARTS = (
 
 CONTEXT = 600_000_000
 """Assumed: CUDA's context and the workspaces of its libraries."""
-
-_PREFILL = 4096  # tokens of one prefill, as in `sampling`
 
 Phases = dict[str, dict[str, int]]
 
@@ -159,7 +158,7 @@ class Run:
         """Tokens of each prompt of a call that fills `rows` slots as far as it may."""
         mean = max(1, round(sum(self.lengths.mean.values()) / len(self.lengths.mean)))
         longest = max(self.lengths.longest.values())
-        usual = [mean] * max(1, min(rows, _PREFILL // mean))
+        usual = [mean] * max(1, min(rows, PREFILL_TOKENS // mean))
         return usual if sum(usual) >= longest else [longest]
 
 
