@@ -390,7 +390,34 @@ class _From(Sampler[int]):
         return self.count
 
 
-class SSODataModule(pl.LightningDataModule):
+class ResumableDataModule(pl.LightningDataModule):
+    """A data module whose epochs are planned, so that a run can go on in the middle of one."""
+
+    def __init__(self) -> None:
+        """Begin at the start."""
+        super().__init__()
+        self._entered = (-1, 0)  # (epoch, batches trained on) of the checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and how many of its batches were trained on."""
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        return {"epoch": self._trainer.current_epoch, "batches": progress.ready}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the batches that were trained on."""
+        self._entered = (state_dict["epoch"], state_dict["batches"])
+
+    def batches_done(self, epoch: int) -> int:
+        """Batches of an epoch that were trained on before the run was resumed."""
+        return self._entered[1] if self._entered[0] == epoch else 0
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+
+class SSODataModule(ResumableDataModule):
     """Queries for training and validation, or pair files for offline training."""
 
     regenerator: Regenerator | None = None
@@ -489,7 +516,6 @@ class SSODataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._built: int | None = None
-        self._entered = (-1, 0)  # (epoch, batches trained on) of the checkpoint
         self._train: list[Record] = []
         self._val: list[Record] = []
 
@@ -585,19 +611,6 @@ class SSODataModule(pl.LightningDataModule):
         records = self._regenerate(self.queries_of("predict_queries"), 0, "predict")
         return self._held_out(records)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many of its batches were trained on."""
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"epoch": self._trainer.current_epoch, "batches": progress.ready}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches that were trained on."""
-        self._entered = (state_dict["epoch"], state_dict["batches"])
-
-    def batches_done(self, epoch: int) -> int:
-        """Batches of an epoch that were trained on before the run was resumed."""
-        return self._entered[1] if self._entered[0] == epoch else 0
-
     def transfer_batch_to_device(
         self, batch: PairBatch, device: torch.device, dataloader_idx: int
     ) -> PairBatch:
@@ -605,11 +618,6 @@ class SSODataModule(pl.LightningDataModule):
         return batch.to(device)
 
     # ------------------------------------------------------------------ what is behind it
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.trainer is not None
-        return self.trainer
 
     @property
     def _module(self) -> Any:

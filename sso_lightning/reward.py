@@ -18,7 +18,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -27,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from sso_lightning.data import Planned, held_out_turns, loader, plan_batches
+from sso_lightning.data import Planned, ResumableDataModule, held_out_turns, loader, plan_batches
 from sso_lightning.errors import InputError
 from sso_lightning.formats import COMPARED, records_of
 from sso_lightning.module import Schedule, SSOModule, _Gathered
@@ -312,7 +311,7 @@ class _Batches(Planned):
         return math.fsum(self.pairs[i].weight for i in indices)
 
 
-class RewardDataModule(pl.LightningDataModule):
+class RewardDataModule(ResumableDataModule):
     """Pairs for a reward model: one or more sets, mixed, and held-out sets.
 
     An epoch is a pass over all pairs, in an order that is a function of (seed, epoch).
@@ -366,7 +365,6 @@ class RewardDataModule(pl.LightningDataModule):
         self.seed = seed
         self._train: list[RewardPair] = []
         self._val: list[list[RewardPair]] = []
-        self._entered = (-1, 0)  # (epoch, batches trained on) of the checkpoint
 
     def read(self, stage: str, renderer: ChatRenderer) -> None:
         """Read and tokenize, before weights are loaded; callbacks may have made the files."""
@@ -406,19 +404,6 @@ class RewardDataModule(pl.LightningDataModule):
         """The same held-out sets as validation."""
         return self.val_dataloader()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many of its batches were trained on."""
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"epoch": self._trainer.current_epoch, "batches": progress.ready}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches that were trained on."""
-        self._entered = (state_dict["epoch"], state_dict["batches"])
-
-    def batches_done(self, epoch: int) -> int:
-        """Batches of an epoch that were trained on before the run was resumed."""
-        return self._entered[1] if self._entered[0] == epoch else 0
-
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
         return -(-len(self._plan()) // self._trainer.accumulate_grad_batches)
@@ -430,11 +415,6 @@ class RewardDataModule(pl.LightningDataModule):
         return batch.to(device)
 
     # ------------------------------------------------------------------ what is behind it
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.trainer is not None
-        return self.trainer
 
     def _pairs(self, each: PairSet, renderer: ChatRenderer) -> list[RewardPair]:
         records, margins = each.read()
